@@ -1,0 +1,163 @@
+"""What the filesystem needs from outside, as protocols: keys, a store, a clock, randomness.
+
+`fs` knows only these. `keys` and `store` implement them, `testing` has fakes, and a composition root
+(`daemon`, `cli`) joins them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cryptfs.types import Purpose
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRun:
+    """`len(wrapped) // width` wrapped keys of one log and purpose, in block order (width: 40, names keys 72).
+
+    `first_block` is what the audit log reports; it means something for `Purpose.BLOCK` only.
+    """
+
+    log_id: bytes
+    purpose: Purpose
+    kek_version: int
+    wrapped: Sequence[bytes]
+    first_block: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FreshKeys:
+    """Keys made by the agent for one log: `keys[i]` (32 bytes, cleared when the cache drops it) and `wrapped[i]` (40)."""
+
+    kek_version: int
+    keys: Sequence[memoryview]
+    wrapped: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """Everything a file (or directory) that does not exist yet needs: used for exactly one, then gone.
+
+    `names_key`/`names_wrapped` (64/72 bytes) are set for directories only, `deks` for files only.
+    """
+
+    log_id: bytes
+    kek_version: int
+    log_key: memoryview
+    log_wrapped: bytes
+    names_key: memoryview | None
+    names_wrapped: bytes | None
+    deks: FreshKeys | None
+
+
+class DekProvider(Protocol):
+    """The only way to a key in clear. Batches only: one round trip to the agent costs as much as 50 keys in it.
+
+    Every method may raise `AgentUnavailable` or `VolumeLocked`. A view handed out is valid until the
+    caller's next `await`; after that the cache may have wiped it.
+    """
+
+    def peek(self, wrapped: bytes) -> memoryview | None:
+        """The key behind `wrapped` if the policy still allows it from the cache, counting one use; never blocks."""
+        ...
+
+    async def unwrap(self, runs: Sequence[KeyRun]) -> list[list[memoryview]]:
+        """Keys for every run, from the cache or the agent; one round trip at most.
+
+        Raises `Damaged("wrap")` if any key of a run does not unwrap under that log's wrapping key.
+        """
+        ...
+
+    async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
+        """`count` new keys under the newest KEK. Each is to be used for one encryption."""
+        ...
+
+    def take_kit(self) -> Kit | None:
+        """A file kit from the stock, or None if it is empty (then call `make_kit`). Starts a refill in time."""
+        ...
+
+    async def make_kit(self, *, directory: bool) -> Kit:
+        """A kit from the stock or the agent."""
+        ...
+
+
+class Clock(Protocol):
+    """Time, injected: tests turn it by hand."""
+
+    def monotonic(self) -> float:
+        """Seconds that only grow, suspend included where the system can say so (CLOCK_BOOTTIME)."""
+        ...
+
+    def time_ns(self) -> int:
+        """Nanoseconds of wall-clock time since 1970."""
+        ...
+
+
+class Random(Protocol):
+    """`os.urandom`'s shape."""
+
+    def __call__(self, count: int, /) -> bytes: ...
+
+
+class Store(Protocol):
+    """The POSIX calls the volume is made of, one to one, on small integers as descriptors.
+
+    Paths are single names relative to a directory descriptor (or "." for itself); nothing follows a symlink. Every method may raise
+    `OSError`. Implementations: `store.local` (the kernel), `store.memory` (a disk model for crash tests).
+    All calls may block; callers move the slow ones (`fsync`, `fdatasync`, `syncfs`, cold reads) to a thread.
+    """
+
+    def root(self) -> int:
+        """A descriptor of the cipher directory, owned by the store (never close it)."""
+        ...
+
+    def open(self, dir_fd: int, name: bytes, flags: int, mode: int = 0o600) -> int:
+        """openat(2) with O_NOFOLLOW | O_CLOEXEC added."""
+        ...
+
+    def close(self, fd: int) -> None: ...
+    def pread(self, fd: int, count: int, offset: int) -> bytes: ...
+    def preadv(self, fd: int, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> int:
+        """preadv2(2); with RWF_NOWAIT raises BlockingIOError or returns short where the data is not in memory."""
+        ...
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> int: ...
+    def pwritev(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int: ...
+    def ftruncate(self, fd: int, size: int) -> None: ...
+    def fdatasync(self, fd: int) -> None: ...
+    def fsync(self, fd: int) -> None: ...
+    def syncfs(self, fd: int) -> None: ...
+    def fstat(self, fd: int) -> os.stat_result: ...
+    def lstat(self, dir_fd: int, name: bytes) -> os.stat_result: ...
+    def listdir(self, fd: int) -> list[bytes]:
+        """Names in the directory, without "." and ".."; independent of the descriptor's own offset."""
+        ...
+
+    def mkdir(self, dir_fd: int, name: bytes, mode: int = 0o700) -> None: ...
+    def rmdir(self, dir_fd: int, name: bytes) -> None: ...
+    def unlink(self, dir_fd: int, name: bytes) -> None: ...
+    def rename(self, src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) -> None:
+        """renameat2(2): flags RENAME_NOREPLACE (1), RENAME_EXCHANGE (2)."""
+        ...
+
+    def link(self, src_fd: int, src: bytes, dst_fd: int, dst: bytes) -> None: ...
+    def symlink(self, target: bytes, dir_fd: int, name: bytes) -> None: ...
+    def readlink(self, dir_fd: int, name: bytes) -> bytes: ...
+    def mknod(self, dir_fd: int, name: bytes, mode: int, rdev: int) -> None: ...
+    def chmod(self, dir_fd: int, name: bytes, mode: int) -> None: ...
+    def fchmod(self, fd: int, mode: int) -> None: ...
+    def chown(self, dir_fd: int, name: bytes, uid: int, gid: int) -> None:
+        """fchownat(2) with AT_SYMLINK_NOFOLLOW; -1 leaves an id as it is."""
+        ...
+
+    def utimens(self, dir_fd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None: ...
+    def futimens(self, fd: int, atime_ns: int, mtime_ns: int) -> None: ...
+    def fstatvfs(self, fd: int) -> os.statvfs_result: ...
+    def lock(self) -> None:
+        """Take the volume's lock: flock(LOCK_EX | LOCK_NB) on the cipher directory. Raises BlockingIOError if held."""
+        ...

@@ -1,0 +1,56 @@
+"""Names for the bytes and numbers that travel between layers. Imports nothing of cryptfs."""
+
+from __future__ import annotations
+
+import enum
+from typing import NewType
+
+VolumeId = NewType("VolumeId", bytes)
+"""16 random bytes."""
+
+LogId = NewType("LogId", bytes)
+"""16 random bytes: the id of a file, symlink or directory, and of its sealed log."""
+
+BlockIndex = NewType("BlockIndex", int)
+Generation = NewType("Generation", int)
+"""u64: mount epoch << 40 | counter."""
+
+ID_BYTES = 16
+DEK_BYTES = 32
+WRAPPED_BYTES = 40
+"""A 32-byte key under AES key wrap (RFC 3394)."""
+NAMES_KEY_BYTES = 64
+WRAPPED_NAMES_BYTES = 72
+TAG_BYTES = 16
+
+EPOCH_SHIFT = 40
+EPOCH_MAX = (1 << 24) - 1
+
+
+def epoch_of(generation: int) -> int:
+    """The mount epoch a generation was made in."""
+    return generation >> EPOCH_SHIFT
+
+
+class Purpose(enum.StrEnum):
+    """What a wrapped key is for: part of HKDF's info, so no key can pose as one of another kind (FORMAT.md §1)."""
+
+    BLOCK = "block"
+    ATTR = "attr"
+    LOG_FILE = "log-file"
+    LOG_DIR = "log-dir"
+    NAMES = "names"
+    VOLUME = "volume"
+    VOLUME_MAC = "volume-mac"
+
+
+class Kind(enum.IntEnum):
+    """What an entry is (FORMAT.md §6)."""
+
+    FILE = 1
+    DIR = 2
+    SYMLINK = 3
+    FIFO = 4
+    SOCKET = 5
+    CHAR = 6
+    BLOCK = 7
