@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Installs what cryptfs needs to be built, run and tested: Debian packages (only those missing, and only as root or
+# with sudo) and a virtual environment with pinned, hashed requirements. Run by the Makefile; safe to run again.
+#
+#   scripts/install.sh VENV
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${1:?usage: scripts/install.sh VENV}
+packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev python3 python3-dev python3-venv gocryptfs sqlite3 git attr)
+
+say() { printf 'install: %s\n' "$*"; }
+die() {
+    printf 'error: %s\n' "$1" >&2
+    printf 'hint: %s\n' "$2" >&2
+    exit 1
+}
+
+missing_packages() {
+    local package
+    for package in "${packages[@]}"; do
+        [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || printf '%s ' "$package"
+    done
+}
+
+install_packages() {
+    local missing as_root=()
+    command -v dpkg-query >/dev/null || die "this is not a Debian system" "install the equivalents of: ${packages[*]}"
+    missing=$(missing_packages)
+    [[ -n $missing ]] || return 0
+    if [[ $(id -u) -ne 0 ]]; then
+        sudo -n true 2>/dev/null || { [[ -t 0 ]] && command -v sudo >/dev/null; } ||
+            die "Debian packages are missing: $missing" "as root: apt-get install $missing"
+        as_root=(sudo)
+    fi
+    say "Debian packages: $missing"
+    local apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0)
+    # The lists on the machine may be missing or older than the archive: only then are they fetched.
+    # shellcheck disable=SC2086  # one word per package
+    "${apt[@]}" install --yes --no-install-recommends $missing </dev/null >/dev/null 2>&1 || {
+        "${apt[@]}" update </dev/null
+        "${apt[@]}" install --yes --no-install-recommends $missing </dev/null
+    }
+}
+
+# Prints the first interpreter that is new enough and can both make an environment and compile an extension.
+find_python() {
+    local name
+    for name in python3 python3.11 python3.12 python3.13 python3.14 /usr/bin/python3; do
+        if "$name" - <<'PY' 2>/dev/null; then
+import ensurepip, os, sys, sysconfig, venv
+sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+PY
+            command -v "$name"
+            return 0
+        fi
+    done
+    die "no Python 3.11 or newer with its headers was found" "apt-get install python3 python3-dev python3-venv"
+}
+
+make_venv() {
+    local python
+    if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+        python=$(find_python)
+        say "$venv, with $("$python" --version)"
+        "$python" -m venv --clear "$venv"
+    fi
+    local pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
+    say "requirements-dev.txt into $venv"
+    "${pip[@]}" install --quiet --require-hashes --requirement requirements-dev.txt
+    # The pinned setuptools builds cryptfs itself: nothing more is fetched.
+    "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
+}
+
+install_packages
+make_venv
+[[ -e /dev/fuse ]] || say "warning: there is no /dev/fuse here; nothing can be mounted (try: modprobe fuse)"
