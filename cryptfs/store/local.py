@@ -72,7 +72,7 @@ class LocalStore:
         return os.open(name, flags | _O_ALWAYS, mode, dir_fd=dir_fd)
 
     def syncfs(self, fd: int) -> None:
-        """Call syncfs(2): everything written to `fd`'s filesystem before the call is durable after it."""
+        """Everything written to `fd`'s filesystem before the call is durable after it."""
         if _syncfs(fd) != 0:
             raise _failure()
 
