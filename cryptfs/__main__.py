@@ -1,0 +1,7 @@
+"""`python -m cryptfs`: the same as the `cryptfs` command."""
+
+import sys
+
+from cryptfs.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,51 @@
+"""What to do about an error: the `hint:` line. The only place that turns an error's class into advice.
+
+An error raised here on the command line may carry its own hint (`hinted`); the others get the one of their class.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from cryptfs import errors
+
+E = TypeVar("E", bound=errors.CryptfsError)
+
+_BY_CLASS: dict[type[errors.CryptfsError], str] = {
+    errors.NotAVolume: "`cryptfs init DIR` makes a volume",
+    errors.VolumeDamaged: "put back the files `volume` and `state` from a backup of this same volume",
+    errors.UnsupportedFormat: "a newer cryptfs wrote this volume; use that version",
+    errors.WrongSecret: "check the keyboard layout and the caps lock key",
+    errors.VolumeBusy: "`cryptfs status` shows where it is mounted",
+    errors.AgentUnavailable: "start one with `cryptfs agent run`, then `cryptfs unlock DIR`",
+    errors.VolumeLocked: "`cryptfs unlock DIR` brings the key back",
+    errors.StoreFailed: "see whether the file system that holds the volume is full, read-only or failing",
+    errors.NotPermitted: "run cryptfs as the user who owns the volume and the agent",
+    errors.ProtocolError: "agent and command may be of different versions; `cryptfs agent stop` ends the old agent",
+}
+
+
+def hinted(error: E, hint: str) -> E:
+    """`error`, carrying a hint of its own."""
+    error.add_note(hint)
+    return error
+
+
+def hint_for(error: errors.CryptfsError) -> str:
+    """The advice for `error`, or nothing."""
+    own: list[str] = getattr(error, "__notes__", [])
+    if own:
+        return own[0]
+    return next((_BY_CLASS[cls] for cls in type(error).__mro__ if cls in _BY_CLASS), "")
+
+
+def error_for(exit_code: int, message: str) -> errors.CryptfsError:
+    """The error whose class has `exit_code`: how a failure in another process becomes one here."""
+    for cls in _all_classes(errors.CryptfsError):
+        if cls.exit_code == exit_code:
+            return errors.Damaged(message) if issubclass(cls, errors.Damaged) else cls(message)
+    return errors.CryptfsError(message)
+
+
+def _all_classes(base: type[errors.CryptfsError]) -> list[type[errors.CryptfsError]]:
+    return [base, *(cls for child in base.__subclasses__() for cls in _all_classes(child))]

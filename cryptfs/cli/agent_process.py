@@ -1,0 +1,137 @@
+"""The one agent of this user: whether it runs, starting it, ending it.
+
+Two commands that find no agent at the same moment must not start two: the start happens under an flock on `agent.start`
+beside the socket, and whoever gets the lock second finds the first one's agent running. The lock dies with its holder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptfs import paths
+from cryptfs.cli import processes
+from cryptfs.cli.advice import error_for, hinted
+from cryptfs.errors import AgentUnavailable, CryptfsError, NotPermitted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AGENT_MODULE = "cryptfs.agent"
+START_S = 20.0
+"""How long an agent may take until it is ready, and how long to wait for another command that is starting one."""
+
+
+def is_running() -> bool:
+    """Whether something accepts connections on the agent's socket. Raises `NotPermitted` if it is not ours to use."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            with paths.socket_address(paths.agent_socket()) as address:
+                probe.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except PermissionError:
+            raise NotPermitted(f"{paths.agent_socket()} belongs to another user") from None
+        except OSError as error:
+            raise AgentUnavailable(f"{paths.agent_socket()}: {error.strerror}") from error
+    return True
+
+
+def ensure_running() -> None:
+    """Start an agent that ends when it holds no volume any more, unless one runs. Raises `AgentUnavailable`."""
+    if is_running():
+        return
+    with _start_lock():
+        if not is_running():
+            start(exit_when_empty=True)
+
+
+def run_background() -> int:
+    """Start an agent that stays; returns its pid. Raises `CryptfsError` if one runs already, `AgentUnavailable`."""
+    with _start_lock():
+        _refuse_second()
+        return start(exit_when_empty=False)
+
+
+def _refuse_second() -> None:
+    if is_running():
+        raise hinted(CryptfsError("an agent runs already"), "`cryptfs agent stop` ends it")
+
+
+def start(*, exit_when_empty: bool) -> int:
+    """Start an agent in the background and wait until it is ready; returns its pid. Raises what the agent reports."""
+    arguments = ["--socket", paths.agent_socket(), "--log-file", str(log_file())]
+    if exit_when_empty:
+        arguments.append("--exit-when-empty")
+    starting = processes.start(AGENT_MODULE, arguments, log_file=log_file())
+    try:
+        line = starting.wait_ready(START_S)
+    except BaseException:
+        starting.end()
+        raise
+    if line == "ready":
+        starting.leave()
+        return starting.process.pid
+    starting.end()
+    if line is None:
+        raise hinted(AgentUnavailable(f"the key agent was not ready within {START_S:.0f} s"), _log_hint())
+    raise reported(line, "the key agent", AgentUnavailable, _log_hint())
+
+
+def reported(line: str, who: str, otherwise: type[CryptfsError], hint: str) -> CryptfsError:
+    """What a child said on its ready pipe, as an error: `error: <exit code> <message>`, or nothing because it ended."""
+    word, _, rest = line.partition(" ")
+    code, _, message = rest.partition(" ")
+    if word == "error:" and code.isdecimal() and message:
+        return error_for(int(code), message)
+    return hinted(otherwise(f"{who} ended before it was ready"), hint)
+
+
+def run_foreground() -> int:
+    """Run an agent as a child of this command, ended by SIGINT or SIGTERM; returns its exit code. Raises as above."""
+    _refuse_second()
+    starting = processes.start(AGENT_MODULE, ["--socket", paths.agent_socket(), "--foreground"], log_file=None)
+    try:
+        line = starting.wait_ready(START_S)
+    except BaseException:
+        starting.end()
+        raise
+    if line != "ready":
+        starting.end()
+        raise reported(line or "", "the key agent", AgentUnavailable, "it says why above")
+    with processes.signals_passed_on(starting.process):
+        return starting.process.wait()
+
+
+def log_file() -> Path:
+    """Where the agent writes its log; it never holds a secret."""
+    return Path(paths.state_dir(), "log", "agent.log")
+
+
+def _log_hint() -> str:
+    return f"see {log_file()}"
+
+
+@contextlib.contextmanager
+def _start_lock() -> Iterator[None]:
+    fd = os.open(
+        os.path.join(paths.runtime_dir(), "agent.start"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+    )
+    try:
+        end = time.monotonic() + START_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise AgentUnavailable("another command has been starting the key agent for too long") from None
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(fd)  # also lets go of the lock; the file stays, as its name is what the lock is found by

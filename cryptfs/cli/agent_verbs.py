@@ -1,0 +1,49 @@
+"""`cryptfs agent run|stop`: the key agent by hand; `mount` and `unlock` start one by themselves."""
+
+from __future__ import annotations
+
+import click
+
+from cryptfs.cli import ui
+
+STOP_S = 10.0
+
+
+@click.group()
+def agent() -> None:
+    """Run or stop the process that holds this user's keys."""
+
+
+@agent.command()
+@click.option("-f", "--foreground", is_flag=True, help="Stay until it ends; Ctrl-C or SIGTERM ends it.")
+def run(*, foreground: bool) -> int:
+    """Run an agent that stays when it holds no key any more."""
+    from cryptfs.cli import agent_process
+
+    if foreground:
+        return agent_process.run_foreground()
+    pid = agent_process.run_background()
+    ui.done(f"the key agent runs as process {pid}")
+    return 0
+
+
+@agent.command()
+def stop() -> None:
+    """Make the agent forget every key and end. Mounts stay; what needs a key fails there until `cryptfs unlock`."""
+    from cryptfs.cli import agent as client
+    from cryptfs.cli import agent_process, processes
+    from cryptfs.cli.advice import hinted
+    from cryptfs.errors import AgentUnavailable
+
+    if not agent_process.is_running():
+        ui.note("no agent runs")
+        return
+    pid = client.pid()
+    with processes.watched(pid) as watch:
+        for volume in client.held():
+            if volume.mountpoint:
+                ui.warning(f"{volume.mountpoint} stays mounted without a key")
+        client.stop()
+        if not watch.has_ended(STOP_S):
+            slow = AgentUnavailable(f"the agent (process {pid}) forgot every key but has not ended")
+            raise hinted(slow, f"kill {pid}")

@@ -1,0 +1,85 @@
+"""Starting the daemon that serves one mount, and waiting until the mount answers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptfs import paths
+from cryptfs.cli import mounts, processes
+from cryptfs.cli.advice import hinted
+from cryptfs.cli.agent_process import reported
+from cryptfs.errors import CryptfsError, MountpointUnusable
+
+START_S = 60.0
+"""How long a daemon may take until it is ready: it syncs the backing file system first, which may be much."""
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """What the daemon is told besides where; None leaves the daemon's own default."""
+
+    read_only: bool = False
+    max_age_s: float | None = None
+    max_entries: int | None = None
+    max_uses: int | None = None
+    no_cache: bool = False
+    fuse_options: tuple[str, ...] = field(default=())
+
+    def arguments(self) -> list[str]:
+        """As the daemon's command line."""
+        words = [name for name, given in (("--read-only", self.read_only), ("--no-cache", self.no_cache)) if given]
+        for name, value in (
+            ("--max-age", self.max_age_s),
+            ("--max-entries", self.max_entries),
+            ("--max-uses", self.max_uses),
+        ):
+            if value is not None:
+                words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+        for option in self.fuse_options:
+            words += ["-o", option]
+        return words
+
+
+def log_file(volume_id: bytes) -> Path:
+    """Where the daemon of a volume (id of 16 bytes) writes its log; it never holds a secret."""
+    return Path(paths.state_dir(), "log", f"{volume_id.hex()}.log")
+
+
+def start(
+    cipher_dir: Path, mountpoint: Path, volume_id: bytes, options: MountOptions, *, foreground: bool
+) -> processes.Starting:
+    """A daemon whose mount answers; the caller lets it live (`leave`) or waits for it.
+
+    Raises what the daemon reports, `MountpointUnusable` if the mount does not answer, `CryptfsError` if the daemon says
+    nothing.
+    """
+    log = log_file(volume_id)
+    arguments = ["--cipher-dir", str(cipher_dir), "--mountpoint", str(mountpoint)]
+    arguments += ["--agent-socket", paths.agent_socket(), *options.arguments()]
+    arguments += ["--foreground"] if foreground else ["--log-file", str(log)]
+    starting = processes.start(mounts.DAEMON_MODULE, arguments, log_file=None if foreground else log)
+    try:
+        line = starting.wait_ready(START_S)
+        if line is None:
+            raise hinted(CryptfsError(f"the daemon was not ready within {START_S:.0f} s"), f"see {log}")
+        if line != "ready":
+            raise reported(line, "the daemon", CryptfsError, f"see {log}")
+        _check_answers(mountpoint)
+    except BaseException:
+        starting.end()
+        raise
+    return starting
+
+
+def _check_answers(mountpoint: Path) -> None:
+    try:
+        mounts.answer_of(lambda: os.statvfs(mountpoint))
+    except TimeoutError:
+        raise MountpointUnusable(f"the mount on {mountpoint} does not answer") from None
+    except OSError as error:
+        raise MountpointUnusable(f"the mount on {mountpoint} does not answer: {error.strerror}") from error
+    mount = mounts.mount_at(mountpoint)
+    if mount is None or not mount.is_ours:
+        raise MountpointUnusable(f"the daemon is ready, but nothing is mounted on {mountpoint}")

@@ -1,0 +1,106 @@
+"""`cryptfs init DIR`: make a new volume."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cryptfs.cli import passphrase, ui
+from cryptfs.cli.sizes import BlockSize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_BLOCK_SIZE = "16K"
+_MADE = ("volume", "volume.new", "state", "tree", "sidecars", "tmp")
+"""What `init` may leave in the directory (FORMAT.md §2), and so what it may take away again."""
+
+
+@click.command()
+@click.argument("dir", type=click.Path(path_type=Path))
+@click.option(
+    "--block-size",
+    type=BlockSize(),
+    default=DEFAULT_BLOCK_SIZE,
+    show_default=True,
+    help="Bytes per block: a power of two from 4K to 1M.",
+)
+@click.option(
+    "--kdf-cost",
+    type=click.Choice(["low", "normal", "high"]),
+    default="normal",
+    show_default=True,
+    help="How hard each guess at the passphrase is; recorded in the volume.",
+)
+@click.option(
+    "--label", default="passphrase", show_default=True, help="A name for this passphrase, readable by anyone."
+)
+@passphrase.options
+def init(
+    dir: Path,  # noqa: A002
+    *,
+    block_size: int,
+    kdf_cost: str,
+    label: str,
+    passfile: Path | None,
+    passfd: int | None,
+    extpass: str | None,
+) -> None:
+    """Make a volume in DIR, which is created or must be empty."""
+    from cryptfs.cli import agent
+
+    sources = passphrase.choose(passfile, passfd, extpass)
+    cipher_dir = Path(os.path.realpath(dir))
+    _check_empty(cipher_dir)
+    secret = passphrase.ask_new() if sources.is_prompt else sources.read()
+    with ui.waiting("making the volume"), _all_or_nothing(cipher_dir):
+        agent.create_volume(cipher_dir, block_size=block_size, kdf_cost=kdf_cost, label=label, secret=secret)
+    ui.done(f"{cipher_dir} is a volume now; `cryptfs mount {cipher_dir} MOUNTPOINT` shows what is in it")
+
+
+def _check_empty(cipher_dir: Path) -> None:
+    from cryptfs.cli.advice import hinted
+    from cryptfs.errors import UsageError
+
+    try:
+        names = os.listdir(cipher_dir)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise UsageError(f"{cipher_dir} is no directory") from None
+    if "volume" in names:
+        raise hinted(UsageError(f"{cipher_dir} is a volume already"), f"`cryptfs info {cipher_dir}` shows it")
+    if names:
+        raise hinted(UsageError(f"{cipher_dir} is not empty"), "choose a directory that is empty or does not exist yet")
+
+
+@contextlib.contextmanager
+def _all_or_nothing(cipher_dir: Path) -> Iterator[None]:
+    """Make the directory if it is missing, and if what follows fails leave things as they were."""
+    try:
+        os.mkdir(cipher_dir, 0o700)
+        made_here = True
+    except FileExistsError:
+        made_here = False
+    try:
+        yield
+    except BaseException:
+        for name in _MADE:
+            _remove(cipher_dir / name)
+        if made_here:
+            with contextlib.suppress(OSError):  # something else has been put there meanwhile: it is not ours to remove
+                os.rmdir(cipher_dir)
+        raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,91 @@
+"""`cryptfs mount DIR MOUNTPOINT`: show a volume in the clear; returns once the mount answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cryptfs.cli import passphrase, ui
+
+if TYPE_CHECKING:
+    from cryptfs.cli.daemon_process import MountOptions
+
+
+@click.command()
+@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("-f", "--foreground", is_flag=True, help="Stay until it is unmounted; Ctrl-C or SIGTERM unmounts.")
+@click.option(
+    "-o", "fuse_options", metavar="OPT[,OPT...]", multiple=True, help="Mount options, for example allow_other."
+)
+@click.option("--read-only", is_flag=True, help="Refuse every change.")
+@click.option(
+    "--max-age",
+    metavar="S",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds a block's key may stay with the daemon (default 60).",
+)
+@click.option("--max-entries", metavar="N", type=click.IntRange(min=1), help="Most keys the daemon may hold.")
+@click.option("--max-uses", metavar="N", type=click.IntRange(min=1), help="Uses after which a key is asked for again.")
+@click.option("--no-cache", is_flag=True, help="Ask the agent for every key every time.")
+@passphrase.options
+def mount(  # noqa: PLR0913  one parameter per option
+    dir: Path,  # noqa: A002
+    mountpoint: Path,
+    *,
+    foreground: bool,
+    fuse_options: tuple[str, ...],
+    read_only: bool,
+    max_age: float | None,
+    max_entries: int | None,
+    max_uses: int | None,
+    no_cache: bool,
+    passfile: Path | None,
+    passfd: int | None,
+    extpass: str | None,
+) -> int:
+    """Mount the volume DIR on the empty directory MOUNTPOINT, unlocking it if needed."""
+    from cryptfs.cli.daemon_process import MountOptions
+
+    options = MountOptions(read_only, max_age, max_entries, max_uses, no_cache, fuse_options)
+    return _mount(dir, mountpoint, options, passphrase.choose(passfile, passfd, extpass), foreground=foreground)
+
+
+def _mount(
+    cipher_dir: Path, mountpoint: Path, options: MountOptions, sources: passphrase.Sources, *, foreground: bool
+) -> int:
+    from cryptfs.cli import agent, daemon_process, mounts, processes
+    from cryptfs.cli.unlock import unlock_volume
+    from cryptfs.errors import VolumeBusy
+    from cryptfs.ops.info import read_volume
+
+    volume = read_volume(cipher_dir)
+    cipher_dir, mountpoint = Path(os.path.realpath(cipher_dir)), mounts.resolved(mountpoint)
+    held = agent.find(volume.volume_id)
+    if held is not None and held.mountpoint and not _is_left_dead(held.mountpoint):
+        raise VolumeBusy(f"the volume is mounted already, on {held.mountpoint}")
+    mounts.check_usable(mountpoint, cipher_dir)
+    mounts.check_dependencies()
+    unlocked_here = unlock_volume(cipher_dir, sources)
+    try:
+        with ui.waiting(f"mounting {cipher_dir}"):
+            starting = daemon_process.start(cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground)
+    except BaseException:
+        if unlocked_here:
+            agent.lock(volume.volume_id)
+        raise
+    ui.done(f"{cipher_dir} is mounted on {mountpoint}")
+    if not foreground:
+        starting.leave()
+        return 0
+    with processes.signals_passed_on(starting.process):
+        return starting.process.wait()
+
+
+def _is_left_dead(mountpoint: str) -> bool:
+    from cryptfs.cli import mounts
+
+    return mounts.mount_at(Path(mountpoint)) is None or mounts.is_dead(Path(mountpoint))

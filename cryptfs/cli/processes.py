@@ -1,0 +1,168 @@
+"""Starting agent and daemon: by exec, with an environment made for them, and a pipe on which they say they are ready.
+
+The child gets an allowlist of variables and three descriptors of ours: nothing a passphrase could travel in. It runs in
+a session of its own, so a Ctrl-C at the terminal reaches the command only, which then decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cryptfs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import FrameType
+
+_KEPT = frozenset(
+    {
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "LANG",
+        "LANGUAGE",
+        "TMPDIR",
+        "TZ",
+        "PYTHONHOME",
+        "PYTHONPATH",
+        "PYTHONUSERBASE",
+    }
+)
+_KEPT_PREFIXES = ("LC_", "XDG_")
+_READY_LIMIT_BYTES = 4096
+
+
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a child may know of `environment`: where things are, this package too, and which language to speak."""
+    kept = {name: value for name, value in environment.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+    package_root = str(Path(cryptfs.__file__).resolve().parent.parent)
+    if Path(package_root).name not in ("site-packages", "dist-packages"):
+        # Run from a source tree: -P (below) keeps the working directory off the path, so say where the package is.
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, (package_root, kept.get("PYTHONPATH"))))
+    return kept
+
+
+def command_line(module: str, arguments: Sequence[str]) -> list[str]:
+    """How `module` is run. -P: never import from the directory the user happens to stand in."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+@dataclass
+class Starting:
+    """A child that has not said yet that it is ready."""
+
+    process: subprocess.Popen[bytes]
+    ready_fd: int
+
+    def wait_ready(self, timeout_s: float) -> str | None:
+        """The line the child wrote, without its newline; "" if it ended without one; None if it took too long."""
+        end = time.monotonic() + timeout_s
+        said = bytearray()
+        try:
+            poll = select.poll()
+            poll.register(self.ready_fd, select.POLLIN)
+            while b"\n" not in said and len(said) < _READY_LIMIT_BYTES:
+                if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+                    return None
+                part = os.read(self.ready_fd, _READY_LIMIT_BYTES)
+                if not part:
+                    break
+                said += part
+        finally:
+            os.close(self.ready_fd)
+        return said.split(b"\n", 1)[0].decode("utf-8", "replace")
+
+    def end(self) -> None:
+        """Make the child end: politely, then not."""
+        self.process.terminate()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def leave(self) -> None:
+        """Let the child outlive this process."""
+        self.process.returncode = 0  # or Popen would warn that it is still running
+
+
+def start(module: str, arguments: Sequence[str], *, log_file: Path | None) -> Starting:
+    """Run `module` with `--ready-fd N` added; its stderr goes to `log_file` (made with mode 0600), or to ours."""
+    read_fd, write_fd = os.pipe()
+    stderr = None
+    try:
+        if log_file is not None:
+            log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stderr = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        process = subprocess.Popen(
+            command_line(module, [*arguments, "--ready-fd", str(write_fd)]),
+            env=clean_environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=(write_fd,),
+            start_new_session=True,
+            cwd="/",
+        )
+    except BaseException:
+        os.close(read_fd)
+        raise
+    finally:
+        os.close(write_fd)
+        if stderr is not None:
+            os.close(stderr)
+    return Starting(process, read_fd)
+
+
+@contextlib.contextmanager
+def signals_passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Hand SIGINT and SIGTERM that reach this command on to `process` instead of dying of them."""
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A process that need not be our child, held by a descriptor: its number could come to mean another one."""
+
+    fd: int | None
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Whether the process is gone, waiting at most `timeout_s` for it."""
+        if self.fd is None:
+            return True
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
+
+@contextlib.contextmanager
+def watched(pid: int | None) -> Iterator[Watch]:
+    """Watch process `pid` by pidfd_open(2); one that is gone (or None) counts as ended."""
+    try:
+        fd = None if pid is None else os.pidfd_open(pid)
+    except ProcessLookupError:
+        fd = None
+    try:
+        yield Watch(fd)
+    finally:
+        if fd is not None:
+            os.close(fd)

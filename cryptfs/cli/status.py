@@ -1,0 +1,74 @@
+"""`cryptfs status`: the volumes that are unlocked or mounted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cryptfs.cli import ui
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document: a list of volumes.")
+def status(*, as_json: bool) -> None:
+    """List the volumes that the agent holds a key for, and those mounted without one."""
+    volumes = _volumes()
+    if as_json:
+        ui.out_json(volumes)
+    elif volumes:
+        rows = [
+            [
+                volume["volume_id"] or "unknown",
+                volume["state"],
+                volume["cipher_dir"] or "-",
+                volume["mountpoint"] or "-",
+                str(volume["daemon_pid"] or "-"),
+            ]
+            for volume in volumes
+        ]
+        ui.table(["volume", "state", "directory", "mount point", "process"], rows)
+    else:
+        ui.note("no volume is unlocked or mounted")
+
+
+def _volumes() -> list[dict[str, Any]]:
+    """As docs/CLI_ABI.md lists it: what the agent knows, then daemons it does not know (it died, or was stopped)."""
+    from cryptfs import paths
+    from cryptfs.cli import agent, mounts
+
+    held = agent.held()
+    volumes = [
+        {
+            "volume_id": volume.volume_id.hex(),
+            "cipher_dir": volume.cipher_dir or None,
+            "mountpoint": volume.mountpoint or None,
+            "state": volume.state,
+            "daemon_pid": volume.daemon_pid or None,
+        }
+        for volume in held
+    ]
+    known = {volume.daemon_pid for volume in held}
+    without_key = [
+        {
+            "volume_id": _volume_id(daemon.cipher_dir),
+            "cipher_dir": str(daemon.cipher_dir),
+            "mountpoint": str(daemon.mountpoint),
+            "state": "locked",
+            "daemon_pid": daemon.pid,
+        }
+        for daemon in mounts.running_daemons()
+        if daemon.agent_socket == Path(paths.agent_socket()) and daemon.pid not in known
+    ]
+    return volumes + without_key
+
+
+def _volume_id(cipher_dir: Path) -> str | None:
+    from cryptfs.errors import CryptfsError
+    from cryptfs.ops.info import read_volume
+
+    try:
+        return read_volume(cipher_dir).volume_id.hex()
+    except CryptfsError:
+        return None  # mounted, and its file cannot be read any more: still worth a line

@@ -1,0 +1,50 @@
+"""`cryptfs unlock DIR`: bring a volume's KEK into the agent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from cryptfs.cli import passphrase, ui
+
+
+@click.command()
+@click.argument("dir", type=click.Path(path_type=Path))
+@passphrase.options
+def unlock(dir: Path, *, passfile: Path | None, passfd: int | None, extpass: str | None) -> None:  # noqa: A002
+    """Bring the key of the volume DIR into the agent, mounted or not; starts the agent if needed."""
+    if not unlock_volume(Path(os.path.realpath(dir)), passphrase.choose(passfile, passfd, extpass)):
+        ui.note("it was unlocked already")
+
+
+def unlock_volume(cipher_dir: Path, sources: passphrase.Sources) -> bool:
+    """Unlock the volume in `cipher_dir` (resolved); returns whether it was locked.
+
+    The passphrase is asked for only then, and a wrong one typed at the prompt may be typed again. Raises `NotAVolume`,
+    `VolumeDamaged`, `UnsupportedFormat`, `WrongSecret`, `AgentUnavailable`, `UsageError`.
+    """
+    from cryptfs.cli import agent
+    from cryptfs.errors import CryptfsError
+    from cryptfs.format.volume import parse_volume
+    from cryptfs.ops.info import read_volume_file
+
+    volume_file = read_volume_file(cipher_dir)
+    volume_id = parse_volume(volume_file).volume_id
+    held = agent.find(volume_id)
+    if held is not None and held.is_unlocked:
+        return False
+    attempt = 1
+    while True:
+        secret = passphrase.ask() if sources.is_prompt else sources.read()
+        try:
+            with ui.waiting("unlocking"):
+                agent.unlock(volume_file, cipher_dir, secret)
+        except CryptfsError as failure:
+            if not passphrase.is_retryable(sources, failure, attempt):
+                raise
+            ui.warning(f"{failure}; try again")
+            attempt += 1
+        else:
+            return True
