@@ -1,0 +1,152 @@
+"""The agent's program: ``python -m cryptfs.agent --socket PATH [--exit-when-empty] [--ready-fd N] …``.
+
+Started by exec, in a cleaned environment. Joins server, roots, clock and randomness; nothing else knows them all.
+
+Ready: writes the line ``ready`` to the descriptor given by ``--ready-fd`` once clients can connect, or ``error: …``
+and exits with the error's code (cryptfs.errors); an end of file without a line means that it died. Then, unless
+``--foreground``, it is on its own: a session of its own, no controlling terminal, standard streams on /dev/null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+
+import trio
+
+from cryptfs.agent.hardening import harden
+from cryptfs.agent.server import Server
+from cryptfs.errors import CryptfsError, UsageError
+from cryptfs.roots.passphrase import PassphraseProvider
+
+log = logging.getLogger("cryptfs.agent")
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    def monotonic(self) -> float:
+        """Seconds, time asleep included."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def time_ns(self) -> int:
+        """Nanoseconds since 1970."""
+        return time.time_ns()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the agent until it ends; the exit code."""
+    options = _parse(argv)
+    os.umask(0o077)
+    try:
+        _log_to(options.log_file, foreground=options.foreground)
+        if not options.foreground:
+            with contextlib.suppress(PermissionError):  # already the leader of a session
+                os.setsid()
+            os.chdir("/")
+        for problem in harden():
+            log.warning("%s", problem)
+        trio.run(_run, options.socket, options.exit_when_empty, options.ready_fd, options.foreground)
+    except CryptfsError as error:
+        return _fail(error, options.ready_fd)
+    except BaseExceptionGroup as group:
+        match, rest = group.split(CryptfsError)
+        if match is None or rest is not None:
+            raise
+        return _fail(_first(match), options.ready_fd)
+    return 0
+
+
+def _fail(error: CryptfsError, ready_fd: int | None) -> int:
+    log.error("%s", error)
+    if ready_fd is None:
+        sys.stderr.write(f"error: {error}\n")
+    else:
+        _tell(ready_fd, f"error: {error}\n")
+    return error.exit_code
+
+
+async def _run(path: str, exit_when_empty: bool, ready_fd: int | None, foreground: bool) -> None:  # noqa: FBT001
+    passphrase = PassphraseProvider(os.urandom)
+    server = Server(
+        providers={passphrase.kind: passphrase},
+        random=os.urandom,
+        clock=SystemClock(),
+        exit_when_empty=exit_when_empty,
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.stop_on_signals)
+        nursery.start_soon(_serve, server, path, nursery, ready_fd, foreground)
+
+
+async def _serve(
+    server: Server,
+    path: str,
+    nursery: trio.Nursery,
+    ready_fd: int | None,
+    foreground: bool,  # noqa: FBT001
+) -> None:
+    async with trio.open_nursery() as inner:
+        await inner.start(server.serve, path)
+        log.info("serving %s", path)
+        _tell(ready_fd, "ready\n")
+        if not foreground:
+            _let_go_of_streams()
+    nursery.cancel_scope.cancel()
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="cryptfs-agent", allow_abbrev=False, description="The key agent of cryptfs.")
+    parser.add_argument("--socket", required=True, metavar="PATH", help="where to listen")
+    parser.add_argument("--exit-when-empty", action="store_true", help="end once no volume is unlocked")
+    parser.add_argument("--ready-fd", type=int, metavar="N", help="descriptor to report to once ready")
+    parser.add_argument("--log-file", metavar="PATH", help="append log lines here")
+    parser.add_argument("--foreground", action="store_true", help="stay in this session, log to stderr")
+    return parser.parse_args(argv)
+
+
+def _log_to(path: str | None, *, foreground: bool) -> None:
+    handler: logging.Handler
+    if path is not None:
+        try:
+            handler = logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write the log file {path}: {error.strerror}") from error
+    elif foreground:
+        handler = logging.StreamHandler()
+    else:
+        handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s agent[%(process)d] %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def _tell(ready_fd: int | None, text: str) -> None:
+    if ready_fd is None:
+        return
+    # Whoever started us may be gone by now; that is no reason to end.
+    with contextlib.suppress(OSError):
+        os.write(ready_fd, text.encode("utf-8", "replace"))
+        os.close(ready_fd)
+
+
+def _let_go_of_streams() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
+
+
+def _first(group: BaseExceptionGroup[CryptfsError]) -> CryptfsError:
+    for error in group.exceptions:
+        return error if isinstance(error, CryptfsError) else _first(error)
+    raise AssertionError("a group is never empty")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The agent's one loop: connections in, requests to the service, answers out.
+
+Each connection is one task; it answers most requests on the spot, between a `recv` and the next, so a round trip
+costs one wake-up. A peer that is slow, silent or sends rubbish holds up nobody but itself: reads stop while its
+answers wait, an incomplete message is bounded by the protocol, and rubbish ends the connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import struct
+
+import trio
+
+from cryptfs.agent.listen import listening
+from cryptfs.agent.service import Service
+from cryptfs.agent.unlocking import Providers
+from cryptfs.errors import ProtocolError
+from cryptfs.format.agent_msg import Request, RequestDecoder, encode_failure
+from cryptfs.ports import Clock, Random
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX = 128
+SLOW_PER_CONNECTION_MAX = 4
+RECV_BYTES = 64 << 10
+UNSENT_MAX_BYTES = 16 << 20
+"""Answers and pushes a peer has not read; beyond it the connection ends."""
+BURST = 16
+"""Requests of one connection answered before others get their turn."""
+STARTUP_GRACE_S = 10.0
+EMPTY_GRACE_S = 0.5
+EMFILE_PAUSE_S = 0.1
+
+_UCRED = struct.Struct("iII")
+
+
+class Server:
+    """Serves one socket until told to stop, a signal comes, or (if asked for) nothing is left to do."""
+
+    def __init__(
+        self,
+        *,
+        providers: Providers,
+        random: Random,
+        clock: Clock,
+        exit_when_empty: bool = False,
+        startup_grace_s: float = STARTUP_GRACE_S,
+        empty_grace_s: float = EMPTY_GRACE_S,
+    ) -> None:
+        """`exit_when_empty`: end once no volume is unlocked and no connection is open, after the grace times."""
+        self._service = Service(
+            providers=providers,
+            random=random,
+            clock=clock,
+            exit_when_empty=exit_when_empty,
+            changed=self._on_change,
+        )
+        self._exit_when_empty = exit_when_empty
+        self._startup_grace_s = startup_grace_s
+        self._empty_grace_s = empty_grace_s
+        self._connections: set[Connection] = set()
+        self._changed = trio.Event()
+
+    @property
+    def connections(self) -> int:
+        """Connections open now."""
+        return len(self._connections)
+
+    async def serve(self, path: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen at `path`; started once clients can connect. At the end keys are wiped and the socket removed.
+
+        Raises `AlreadyServed`, `NotPermitted` or `CryptfsError` if the socket cannot be had (see `listen.listening`).
+        """
+        with listening(path) as listener:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._accept, listener)
+                    if self._exit_when_empty:
+                        nursery.start_soon(self._wait_empty)
+                    task_status.started()
+                    await self._service.stopping.wait()
+                    nursery.cancel_scope.cancel()
+            finally:
+                self._service.forget_all()
+
+    async def stop_on_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """End the server at SIGTERM, SIGINT or SIGHUP."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            task_status.started()
+            async for number in signals:
+                log.info("%s: ending", signal.Signals(number).name)
+                self._service.stopping.set()
+                return
+
+    def _on_change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    @property
+    def _empty(self) -> bool:
+        return not self._connections and self._service.empty
+
+    async def _wait_empty(self) -> None:
+        grace_s = self._startup_grace_s
+        while True:
+            if not self._empty:
+                await self._changed.wait()
+                grace_s = self._empty_grace_s
+                continue
+            with trio.move_on_after(grace_s) as scope:
+                await self._changed.wait()
+            if scope.cancelled_caught and self._empty:
+                log.info("no volume is unlocked and nobody is connected: ending")
+                self._service.stopping.set()
+                return
+            grace_s = self._empty_grace_s
+
+    async def _accept(self, listener: socket.socket) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    sock, _ = listener.accept()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(listener)
+                    continue
+                except OSError as error:
+                    # ECONNABORTED, or no descriptors left: waiting lets others close theirs.
+                    log.warning("accept: %s", error.strerror)
+                    await trio.sleep(EMFILE_PAUSE_S)
+                    continue
+                self._admit(sock, nursery)
+
+    def _admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
+        pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if uid != os.geteuid():
+            log.warning("refused a connection from uid %d, process %d", uid, pid)
+            sock.close()
+        elif len(self._connections) >= CONNECTIONS_MAX:
+            log.warning("refused a connection from process %d: %d are open", pid, CONNECTIONS_MAX)
+            sock.close()
+        else:
+            sock.settimeout(0)
+            connection = Connection(sock, pid, self._service)
+            self._connections.add(connection)
+            self._on_change()
+            nursery.start_soon(self._run, connection)
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        except Exception as error:  # noqa: BLE001 - a fault met in one connection must not end the others'
+            log.error("a connection failed: %s", type(error).__name__)  # noqa: TRY400 - its text may quote data
+        finally:
+            connection.close()
+            self._connections.discard(connection)
+            self._service.gone(connection)
+            self._on_change()
+
+
+class Connection:
+    """One client: its socket, what it has sent of an incomplete request, what it has not read yet."""
+
+    def __init__(self, sock: socket.socket, pid: int, service: Service) -> None:
+        """`sock` is connected and non-blocking, and this object's to close."""
+        self.pid = pid
+        self._sock = sock
+        self._service = service
+        self._decoder = RequestDecoder()
+        self._unsent = bytearray()
+        self._all_sent = trio.Event()
+        self._wake_sender = trio.Event()
+        self._slow = 0
+        self._scope = trio.CancelScope()
+
+    async def run(self) -> None:
+        """Serve until the peer is gone or broke the protocol."""
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send_rest)
+                await self._receive(nursery)
+                nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Close the socket; what was not read is dropped."""
+        self._sock.close()
+
+    def post(self, message: bytes) -> None:
+        """Send what the socket takes now; queue the rest. Ends the connection if the peer lets too much pile up."""
+        if not self._unsent:
+            try:
+                sent = self._sock.send(message)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._scope.cancel()
+                return
+            if sent == len(message):
+                return
+            self._all_sent = trio.Event()
+            self._unsent += message[sent:]
+            self._wake_sender.set()
+        elif len(self._unsent) + len(message) > UNSENT_MAX_BYTES:
+            log.warning("process %d does not read its answers: connection ended", self.pid)
+            self._scope.cancel()
+        else:
+            self._unsent += message
+
+    async def _receive(self, nursery: trio.Nursery) -> None:
+        answered = 0
+        while True:
+            try:
+                data = self._sock.recv(RECV_BYTES)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock)
+                answered = 0
+                continue
+            except OSError:
+                return
+            if not data:
+                return
+            try:
+                messages = self._decoder.feed(data)
+            except ProtocolError as error:
+                log.warning("process %d: %s: connection ended", self.pid, error)
+                return
+            for request in messages:
+                self._handle(request, nursery)
+                answered += 1
+                if self._unsent:
+                    # No more requests from a peer that does not read its answers.
+                    await self._all_sent.wait()
+                if answered % BURST == 0:
+                    await trio.lowlevel.checkpoint()
+
+    def _handle(self, request: Request, nursery: trio.Nursery) -> None:
+        if not self._service.is_slow(request):
+            self.post(self._service.answer(self, request))
+        elif self._slow < SLOW_PER_CONNECTION_MAX:
+            self._slow += 1
+            nursery.start_soon(self._handle_slow, request)
+        else:
+            self.post(encode_failure(request.request_id, "busy", "too many requests of this kind at once"))
+
+    async def _handle_slow(self, request: Request) -> None:
+        try:
+            self.post(await self._service.answer_slow(request))
+        finally:
+            self._slow -= 1
+
+    async def _send_rest(self) -> None:
+        while True:
+            await self._wake_sender.wait()
+            self._wake_sender = trio.Event()
+            while self._unsent:
+                await trio.lowlevel.wait_writable(self._sock)
+                try:
+                    sent = self._sock.send(self._unsent)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    self._scope.cancel()
+                    return
+                del self._unsent[:sent]
+            self._all_sent.set()

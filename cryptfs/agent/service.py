@@ -1,0 +1,311 @@
+"""What the agent does for each verb of docs/AGENT_PROTOCOL.md; sockets are the server's affair.
+
+Everything here runs on the server's one loop, and only `create` and `unlock` ever await (their KDF runs in a
+thread): between two awaits nobody else sees or changes the keyring. No reply, log line or error text quotes a
+secret; a refused request is logged by verb and error code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import trio
+
+from cryptfs.agent import args as arg
+from cryptfs.agent.args import Args
+from cryptfs.agent.keyring import Keyring
+from cryptfs.agent.unlocking import NewVolume, Providers, Unlocked, create_volume, unlock_volume
+from cryptfs.crypto.secret import Secret
+from cryptfs.errors import (
+    CryptfsError,
+    Denied,
+    ProtocolError,
+    UnsupportedFormat,
+    UsageError,
+    VolumeBusy,
+    VolumeDamaged,
+    VolumeLocked,
+    WrongSecret,
+)
+from cryptfs.format.agent_msg import PROTOCOL_VERSION, Request, encode_failure, encode_push, encode_reply
+from cryptfs.format.volume import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, FILE_MAX_BYTES, LABEL_MAX_CHARS
+from cryptfs.ports import Clock, Random
+
+log = logging.getLogger(__name__)
+
+SECRET_MAX_BYTES = 64 << 10
+KDF_AT_ONCE = 1
+"""A KDF may take a gigabyte: one at a time, the others wait."""
+
+_CODES: tuple[tuple[type[CryptfsError], str], ...] = (
+    (VolumeLocked, "locked"),
+    (WrongSecret, "wrong-secret"),
+    (VolumeDamaged, "damaged"),
+    (UnsupportedFormat, "unsupported"),
+    (Denied, "denied"),
+    (ProtocolError, "protocol"),
+    (UsageError, "protocol"),
+    (VolumeBusy, "busy"),
+)
+
+
+class Peer(Protocol):
+    """What the service knows of a connection."""
+
+    @property
+    def pid(self) -> int:
+        """The process that connected, as the kernel says."""
+        ...
+
+    def post(self, message: bytes) -> None:
+        """Queue an encoded message; never blocks and never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Attachment:
+    peer: Peer
+    cipher_dir: bytes
+    mountpoint: bytes
+
+
+class Service:
+    """The verbs, on one keyring."""
+
+    def __init__(
+        self, *, providers: Providers, random: Random, clock: Clock, exit_when_empty: bool, changed: Callable[[], None]
+    ) -> None:
+        """`changed` is called after the set of unlocked volumes may have changed."""
+        self._providers = providers
+        self._random = random
+        self._clock = clock
+        self._exit_when_empty = exit_when_empty
+        self._changed = changed
+        self._keyring = Keyring(random)
+        self._attached: dict[bytes, _Attachment] = {}
+        self._cipher_dirs: dict[bytes, bytes] = {}
+        self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
+        self._started_s = clock.time_ns() // 1_000_000_000
+        self.stopping = trio.Event()
+        self._inline: Mapping[str, Callable[[Args], dict[str, Any]]] = {
+            "unwrap": self._unwrap,
+            "generate": self._generate,
+            "kits": self._kits,
+            "hello": self._hello,
+            "lock": self._lock,
+            "status": self._status,
+            "stop": self._stop,
+        }
+        self._of_peer: Mapping[str, Callable[[Peer, Args], dict[str, Any]]] = {
+            "attach": self._attach,
+            "detach": self._detach,
+        }
+        self._slow: frozenset[str] = frozenset({"create", "unlock"})
+
+    @property
+    def empty(self) -> bool:
+        """Whether no volume is unlocked."""
+        return not self._keyring.volume_ids
+
+    def is_slow(self, request: Request) -> bool:
+        """Whether `answer_slow` must be awaited for this request rather than `answer` called."""
+        return request.verb in self._slow
+
+    def answer(self, peer: Peer, request: Request) -> bytes:
+        """The encoded answer to a request; never raises for anything a request may hold."""
+        try:
+            verb = self._inline.get(request.verb)
+            if verb is not None:
+                result = verb(request.args)
+            elif request.verb in self._of_peer:
+                result = self._of_peer[request.verb](peer, request.args)
+            else:
+                raise ProtocolError("unknown verb")
+            return encode_reply(request.request_id, result)
+        except Exception as error:  # noqa: BLE001 - one request's failure is that request's answer
+            return _failure(request, error)
+
+    async def answer_slow(self, request: Request) -> bytes:
+        """As `answer`, for `create` and `unlock`. If cancelled, nothing is held that was not held before."""
+        try:
+            if request.verb == "create":
+                result = await self._create(request.args)
+            else:
+                result = await self._unlock(request.args)
+            return encode_reply(request.request_id, result)
+        except Exception as error:  # noqa: BLE001 - one request's failure is that request's answer
+            return _failure(request, error)
+
+    def gone(self, peer: Peer) -> None:
+        """The connection ended: what it was attached to and did not detach is forgotten."""
+        for volume_id in [volume_id for volume_id, at in self._attached.items() if at.peer is peer]:
+            del self._attached[volume_id]
+            log.info("the daemon of volume %s is gone: its KEK is forgotten", volume_id.hex())
+            self._forget(volume_id)
+        self._changed()
+
+    def forget_all(self) -> None:
+        """Wipe every KEK and tell the daemons."""
+        for volume_id in self._keyring.volume_ids:
+            self._forget(volume_id)
+
+    # ------------------------------------------------------------------------------------------------ verbs
+
+    def _hello(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "role")
+        if args["role"] not in ("cli", "daemon"):
+            raise ProtocolError("role must be cli or daemon")
+        return {"version": PROTOCOL_VERSION, "pid": os.getpid(), "started_s": self._started_s}
+
+    async def _create(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "block_size", "kind", "kdf_cost", "label", "secret")
+        new = NewVolume(
+            block_size=arg.get_int(args, "block_size", BLOCK_SIZE_MIN, BLOCK_SIZE_MAX),
+            kind=arg.get_text(args, "kind", LABEL_MAX_CHARS),
+            cost=arg.get_text(args, "kdf_cost", LABEL_MAX_CHARS),
+            label=arg.get_text(args, "label", LABEL_MAX_CHARS),
+            created_s=self._clock.time_ns() // 1_000_000_000,
+        )
+        if new.block_size.bit_count() != 1:
+            raise ProtocolError("block_size must be a power of two")
+        unlocked = await self._with_secret(
+            args, lambda secret: create_volume(new, secret, self._providers, self._random)
+        )
+        self._hold(unlocked, b"")
+        return {"volume": unlocked.data}
+
+    async def _unlock(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume", "cipher_dir", "secret")
+        data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
+        cipher_dir = arg.get_path(args, "cipher_dir")
+        # A count of failures and a delay that grows with it belong here, before the KDF runs.
+        unlocked = await self._with_secret(args, lambda secret: unlock_volume(data, secret, self._providers))
+        self._hold(unlocked, cipher_dir)
+        return {"volume_id": unlocked.volume.volume_id, "kek_version": unlocked.volume.kek_version}
+
+    async def _with_secret(self, args: Args, work: Callable[[Secret], Unlocked]) -> Unlocked:
+        secret = Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES))
+
+        def in_thread() -> Unlocked:
+            # Wiped by the thread: if the client leaves, the thread outlives the request.
+            with secret:
+                return work(secret)
+
+        return await trio.to_thread.run_sync(in_thread, abandon_on_cancel=True, limiter=self._kdf_limit)
+
+    def _hold(self, unlocked: Unlocked, cipher_dir: bytes) -> None:
+        volume = unlocked.volume
+        self._keyring.hold(volume.volume_id, volume.kek_version, unlocked.keks)
+        self._cipher_dirs[volume.volume_id] = cipher_dir
+        log.info("volume %s is unlocked", volume.volume_id.hex())
+        self._changed()
+
+    def _lock(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id")
+        return {"was_unlocked": self._forget(arg.get_id(args, "volume_id"))}
+
+    def _forget(self, volume_id: bytes) -> bool:
+        was_unlocked = self._keyring.forget(volume_id)
+        self._cipher_dirs.pop(volume_id, None)
+        attachment = self._attached.get(volume_id)
+        if was_unlocked:
+            log.info("volume %s is locked", volume_id.hex())
+            if attachment is not None:
+                attachment.peer.post(encode_push({"event": "locked", "volume_id": volume_id}))
+            self._changed()
+        return was_unlocked
+
+    def _status(self, args: Args) -> dict[str, Any]:
+        arg.expect(args)
+        volumes = []
+        for volume_id in sorted({*self._keyring.volume_ids, *self._attached}):
+            attachment = self._attached.get(volume_id)
+            volumes.append(
+                {
+                    "volume_id": volume_id,
+                    "cipher_dir": attachment.cipher_dir if attachment else self._cipher_dirs.get(volume_id, b""),
+                    "mountpoint": attachment.mountpoint if attachment else None,
+                    "state": "unlocked" if self._keyring.holds(volume_id) else "locked",
+                    "daemon_pid": attachment.peer.pid if attachment else None,
+                }
+            )
+        return {"pid": os.getpid(), "exit_when_empty": self._exit_when_empty, "volumes": volumes}
+
+    def _attach(self, peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "cipher_dir", "mountpoint", "volume")
+        volume_id = arg.get_id(args, "volume_id")
+        attachment = _Attachment(peer, arg.get_path(args, "cipher_dir"), arg.get_path(args, "mountpoint"))
+        data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
+        if not self._keyring.holds(volume_id):
+            raise VolumeLocked("the volume is locked")
+        volume = self._keyring.check_file(data)
+        if volume.volume_id != volume_id:
+            raise VolumeDamaged("the volume file is that of another volume")
+        other = self._attached.get(volume_id)
+        if other is not None and other.peer is not peer:
+            raise VolumeBusy(f"the volume is mounted already, by process {other.peer.pid}")
+        self._attached[volume_id] = attachment
+        return {"kek_version": volume.kek_version}
+
+    def _detach(self, peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "keep")
+        volume_id, keep = arg.get_id(args, "volume_id"), arg.get_bool(args, "keep")
+        attachment = self._attached.get(volume_id)
+        if attachment is None or attachment.peer is not peer:
+            raise ProtocolError("this connection is not attached to the volume")
+        del self._attached[volume_id]
+        if not keep:
+            self._forget(volume_id)
+        elif self._keyring.holds(volume_id):
+            self._cipher_dirs[volume_id] = attachment.cipher_dir
+        return {}
+
+    def _generate(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "id", "purpose", "count")
+        kek_version, keys, wrapped = self._keyring.generate(
+            arg.get_id(args, "volume_id"),
+            arg.get_id(args, "id"),
+            arg.get_purpose(args, "purpose"),
+            arg.get_int(args, "count", 1, arg.KEYS_MAX),
+        )
+        return {"kek_version": kek_version, "keys": keys, "wrapped": wrapped}
+
+    def _kits(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "directory", "count", "deks")
+        volume_id = arg.get_id(args, "volume_id")
+        count = arg.get_int(args, "count", 1, arg.KITS_MAX)
+        deks = arg.get_int(args, "deks", 0, arg.KEYS_MAX // count)
+        directory = arg.get_bool(args, "directory")
+        kek_version, kits = self._keyring.kits(volume_id, directory=directory, count=count, deks=deks)
+        return {"kek_version": kek_version, "kits": kits}
+
+    def _unwrap(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "items")
+        return {"keys": self._keyring.unwrap(arg.get_id(args, "volume_id"), arg.get_items(args, "items"))}
+
+    def _stop(self, args: Args) -> dict[str, Any]:
+        arg.expect(args)
+        self.forget_all()
+        self.stopping.set()
+        return {}
+
+
+def _failure(request: Request, error: Exception) -> bytes:
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            log.info("%s refused: %s", request.verb[:32], code)
+            return encode_failure(request.request_id, code, str(error))
+    if isinstance(error, CryptfsError):
+        log.warning("%s failed: %s", request.verb, error)
+        return encode_failure(request.request_id, "internal", str(error))
+    # The text of an exception nobody foresaw may quote its arguments; its type and place do not.
+    log.error("%s failed: %s", request.verb, type(error).__name__, exc_info=_place_only(error))
+    return encode_failure(request.request_id, "internal", f"the agent failed: {type(error).__name__}")
+
+
+def _place_only(error: Exception) -> tuple[type[RuntimeError], RuntimeError, Any]:
+    return (RuntimeError, RuntimeError(type(error).__name__), error.__traceback__)

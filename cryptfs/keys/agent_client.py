@@ -1,0 +1,493 @@
+"""The client's side of docs/AGENT_PROTOCOL.md, for daemon and command line.
+
+One connection carries any number of requests at a time. A request writes to the socket and, while the answer may be
+only microseconds away, looks for it there itself; after that it sleeps, and the receiver task wakes it. If the
+connection is lost, answers rubbish or stops answering, every waiting request raises `AgentUnavailable` at once and so
+does every later one: to reconnect, make a new client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from cryptfs.errors import (
+    AgentUnavailable,
+    CryptfsError,
+    Denied,
+    NotPermitted,
+    ProtocolError,
+    UnsupportedFormat,
+    VolumeBusy,
+    VolumeDamaged,
+    VolumeLocked,
+    WrongSecret,
+)
+from cryptfs.format.agent_msg import PROTOCOL_VERSION, Answer, AnswerDecoder, Failure, Push, Reply, encode_request
+from cryptfs.paths import socket_address
+from cryptfs.types import DEK_BYTES, ID_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
+
+RECV_BYTES = 64 << 10
+TICK_S = 10.0
+PATIENCE_TICKS = 2
+"""A request unanswered for this many ticks means that the agent hangs."""
+KDF_PATIENCE_TICKS = 60
+"""For requests that run a KDF, perhaps behind another one."""
+
+Kit = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
+"""(id, log key, its wrap, names key, its wrap, DEKs joined, their wraps joined); names empty for files"""
+
+_ERRORS: Mapping[str, type[CryptfsError]] = {
+    "locked": VolumeLocked,
+    "wrong-secret": WrongSecret,
+    "damaged": VolumeDamaged,
+    "unsupported": UnsupportedFormat,
+    "denied": Denied,
+    "protocol": ProtocolError,
+    "busy": VolumeBusy,
+    "internal": AgentUnavailable,
+}
+_UCRED = struct.Struct("iII")
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeStatus:
+    """One volume the agent holds or that is mounted; `state` is "unlocked" or "locked"."""
+
+    volume_id: bytes
+    cipher_dir: str
+    mountpoint: str | None
+    state: str
+    daemon_pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """The agent and its volumes."""
+
+    pid: int
+    exit_when_empty: bool
+    volumes: tuple[VolumeStatus, ...]
+
+
+class _Waiting:
+    """A request on its way: the task to wake (once it sleeps), and the answer (once there is one)."""
+
+    __slots__ = ("answer", "task", "ticks_left")
+
+    def __init__(self, ticks_left: int) -> None:
+        self.task: trio.lowlevel.Task | None = None
+        self.answer: Reply | Failure | None = None
+        self.ticks_left = ticks_left
+
+
+class AgentClient:
+    """A connection to the agent. Made by `open_agent` or `connect`."""
+
+    def __init__(self, sock: socket.socket, on_push: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        """`sock` is connected, non-blocking and this object's to close; answers come only while `run` is running."""
+        self._sock = sock
+        self._on_push = on_push
+        self._decoder = AnswerDecoder()
+        self._waiting: dict[int, _Waiting] = {}
+        self._abandoned: set[int] = set()
+        self._last_id = 0
+        self._unsent = bytearray()
+        self._wake_sender = trio.Event()
+        self._scope = trio.CancelScope()
+        self._lost: str | None = None
+        self.lost = trio.Event()
+        """Set once the connection is of no more use."""
+
+    # ------------------------------------------------------------------------------------------- the connection
+
+    async def run(self) -> None:
+        """Receive until the connection is lost or `close` is called; never raises for what the agent does."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._send_rest)
+                    nursery.start_soon(self._watch)
+                    while self._lost is None:
+                        await trio.lowlevel.wait_readable(self._sock)
+                        self._receive()
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._lose("the connection to the key agent is closed")
+            self._sock.close()
+
+    def close(self) -> None:
+        """End the connection; waiting requests raise `AgentUnavailable`."""
+        self._lose("the connection to the key agent is closed")
+
+    def _why(self) -> str:
+        return self._lost or "the key agent is gone"
+
+    def _lose(self, why: str) -> None:
+        if self._lost is not None:
+            return
+        self._lost = why
+        self.lost.set()
+        self._unsent.clear()
+        self._scope.cancel()
+        # So that the agent learns it now, whenever `run` comes to closing the descriptor.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        waiting = list(self._waiting.values())
+        self._waiting.clear()
+        for entry in waiting:
+            _wake(entry)
+
+    def _receive(self) -> bool:
+        """Take what the socket holds, without waiting; False if it held nothing."""
+        try:
+            data = self._sock.recv(RECV_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._lose(f"the key agent is gone: {error.strerror}")
+            return True
+        if not data:
+            self._lose("the key agent closed the connection")
+            return True
+        try:
+            for answer in self._decoder.feed(data):
+                self._take(answer)
+        except ProtocolError as error:
+            self._lose(f"the key agent sent rubbish: {error}")
+        return True
+
+    def _take(self, answer: Answer) -> None:
+        if isinstance(answer, Push):
+            if self._on_push is not None:
+                self._on_push(answer.event)
+            return
+        entry = self._waiting.pop(answer.request_id, None)
+        if entry is not None:
+            entry.answer = answer
+            _wake(entry)
+        elif answer.request_id in self._abandoned:
+            self._abandoned.discard(answer.request_id)
+        else:
+            raise ProtocolError("an answer to a request that was never made")
+
+    def _send(self, message: bytes) -> None:
+        if not self._unsent:
+            try:
+                sent = self._sock.send(message)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self._lose(f"the key agent is gone: {error.strerror}")
+                return
+            if sent == len(message):
+                return
+            message = message[sent:]
+            self._wake_sender.set()
+        self._unsent += message
+
+    async def _send_rest(self) -> None:
+        while True:
+            await self._wake_sender.wait()
+            self._wake_sender = trio.Event()
+            while self._unsent:
+                await trio.lowlevel.wait_writable(self._sock)
+                try:
+                    sent = self._sock.send(self._unsent)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    self._lose(f"the key agent is gone: {error.strerror}")
+                    return
+                del self._unsent[:sent]
+
+    async def _watch(self) -> None:
+        # Ticks instead of a timeout around each request: a request is on the path of every small file's first read.
+        while True:
+            await trio.sleep(TICK_S)
+            for entry in self._waiting.values():
+                entry.ticks_left -= 1
+            if any(entry.ticks_left < 0 for entry in self._waiting.values()):
+                self._lose("the key agent does not answer")
+
+    # --------------------------------------------------------------------------------------------- requests
+
+    async def request(
+        self, verb: str, args: Mapping[str, Any], *, patience_ticks: int = PATIENCE_TICKS
+    ) -> Mapping[str, Any]:
+        """One request and its result.
+
+        Raises what the agent's error code stands for (`VolumeLocked`, `WrongSecret`, `VolumeDamaged`,
+        `UnsupportedFormat`, `Denied`, `VolumeBusy`, `ProtocolError`), or `AgentUnavailable`. If cancelled, the
+        answer is dropped when it comes.
+        """
+        if self._lost is not None:
+            raise AgentUnavailable(self._lost)
+        self._last_id = request_id = self._last_id + 1
+        message = encode_request(request_id, verb, args)
+        entry = self._waiting[request_id] = _Waiting(patience_ticks)
+        self._send(message)
+        if self._waiting.get(request_id) is entry:
+            entry.task = trio.lowlevel.current_task()
+
+            def abandon(_: object) -> trio.lowlevel.Abort:
+                if self._waiting.pop(request_id, None) is not None:
+                    self._abandoned.add(request_id)
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abandon)
+        answer = entry.answer
+        if isinstance(answer, Reply):
+            return answer.result
+        if isinstance(answer, Failure):
+            raise _ERRORS[answer.code](answer.message)
+        raise AgentUnavailable(self._why())
+
+    async def hello(self, role: str) -> int:
+        """Say who we are (`cli` or `daemon`); the agent's pid."""
+        result = await self.request("hello", {"role": role})
+        with self._rubbish_is_loss():
+            if _int(result, "version") != PROTOCOL_VERSION:
+                raise ProtocolError(f"not protocol version {PROTOCOL_VERSION}")
+            return _int(result, "pid")
+
+    async def create(
+        self, *, block_size: int, kind: str, kdf_cost: str, label: str, secret: bytes | bytearray
+    ) -> bytes:
+        """A new volume: the bytes of its whole `volume` file. The agent holds its KEK afterwards."""
+        args = {"block_size": block_size, "kind": kind, "kdf_cost": kdf_cost, "label": label, "secret": bytes(secret)}
+        result = await self.request("create", args, patience_ticks=KDF_PATIENCE_TICKS)
+        with self._rubbish_is_loss():
+            return _bin(result, "volume")
+
+    async def unlock(self, *, volume: bytes, cipher_dir: str, secret: bytes | bytearray) -> tuple[bytes, int]:
+        """Unlock with a secret: (volume id, KEK version). `volume` is the whole file's bytes.
+
+        Raises `WrongSecret`; `VolumeDamaged` if the secret is right but the file was changed; `UnsupportedFormat`.
+        """
+        args = {"volume": volume, "cipher_dir": os.fsencode(cipher_dir), "secret": bytes(secret)}
+        result = await self.request("unlock", args, patience_ticks=KDF_PATIENCE_TICKS)
+        with self._rubbish_is_loss():
+            return _bin(result, "volume_id", ID_BYTES), _int(result, "kek_version")
+
+    async def lock(self, volume_id: bytes) -> bool:
+        """Have the agent forget the volume's KEK; whether it held one."""
+        result = await self.request("lock", {"volume_id": volume_id})
+        with self._rubbish_is_loss():
+            return _bool(result, "was_unlocked")
+
+    async def status(self) -> AgentStatus:
+        """The agent and its volumes."""
+        result = await self.request("status", {})
+        with self._rubbish_is_loss():
+            rows = result.get("volumes")
+            if not isinstance(rows, list):
+                raise ProtocolError("volumes is no array")
+            return AgentStatus(_int(result, "pid"), _bool(result, "exit_when_empty"), tuple(map(_volume_status, rows)))
+
+    async def attach(self, *, volume_id: bytes, cipher_dir: str, mountpoint: str, volume: bytes) -> int:
+        """Make this connection the volume's daemon; the KEK version. When the connection ends, the KEK is forgotten.
+
+        Raises `VolumeLocked`, `VolumeDamaged` (the file's MAC does not match), or `VolumeBusy` (another daemon is
+        attached).
+        """
+        args = {
+            "volume_id": volume_id,
+            "cipher_dir": os.fsencode(cipher_dir),
+            "mountpoint": os.fsencode(mountpoint),
+            "volume": volume,
+        }
+        result = await self.request("attach", args)
+        with self._rubbish_is_loss():
+            return _int(result, "kek_version")
+
+    async def detach(self, volume_id: bytes, *, keep: bool) -> None:
+        """The reverse of `attach`: afterwards the connection's end means nothing; the KEK stays held only if `keep`."""
+        await self.request("detach", {"volume_id": volume_id, "keep": keep})
+
+    async def generate(self, volume_id: bytes, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
+        """`count` (at most 4096) new keys for one log: (KEK version, keys joined, their wraps joined).
+
+        Raises `VolumeLocked`.
+        """
+        args = {"volume_id": volume_id, "id": log_id, "purpose": purpose, "count": count}
+        result = await self.request("generate", args)
+        key_bytes, wrapped_bytes = (
+            (NAMES_KEY_BYTES, WRAPPED_NAMES_BYTES) if purpose == "names" else (DEK_BYTES, WRAPPED_BYTES)
+        )
+        with self._rubbish_is_loss():
+            return (
+                _int(result, "kek_version"),
+                _bin(result, "keys", count * key_bytes),
+                _bin(result, "wrapped", count * wrapped_bytes),
+            )
+
+    async def kits(self, volume_id: bytes, *, directory: bool, count: int, deks: int) -> tuple[int, list[Kit]]:
+        """(KEK version, `count` kits of `deks` DEKs each); at most 256 kits and 4096 DEKs. Raises `VolumeLocked`."""
+        args = {"volume_id": volume_id, "directory": directory, "count": count, "deks": deks}
+        result = await self.request("kits", args)
+        names = (NAMES_KEY_BYTES, WRAPPED_NAMES_BYTES) if directory else (0, 0)
+        sizes = (ID_BYTES, DEK_BYTES, WRAPPED_BYTES, *names, deks * DEK_BYTES, deks * WRAPPED_BYTES)
+        with self._rubbish_is_loss():
+            rows = result.get("kits")
+            if not isinstance(rows, list) or len(rows) != count:
+                raise ProtocolError("kits is no array of the right length")
+            return _int(result, "kek_version"), [_kit(row, sizes) for row in rows]
+
+    async def unwrap(self, volume_id: bytes, items: Sequence[tuple[bytes, str, int, bytes, int]]) -> list[bytes | None]:
+        """The keys of each item ``(id, purpose, KEK version, wraps joined, first block)``, joined.
+
+        None where any of the item's wraps is not authentic. At most 4096 keys in all. Raises `VolumeLocked`.
+        """
+        result = await self.request("unwrap", {"volume_id": volume_id, "items": items})
+        with self._rubbish_is_loss():
+            keys = result.get("keys")
+            if type(keys) is not list or len(keys) != len(items):
+                raise ProtocolError("keys is no array of the right length")
+            for key, item in zip(keys, items, strict=True):
+                if key is not None and (type(key) is not bytes or not _fits(key, item)):
+                    raise ProtocolError("keys of a wrong length")
+            return keys
+
+    async def stop(self) -> None:
+        """Have the agent forget everything and end."""
+        await self.request("stop", {})
+
+    @contextlib.contextmanager
+    def _rubbish_is_loss(self) -> Iterator[None]:
+        """An answer of a wrong shape ends the connection like one that cannot be decoded."""
+        try:
+            yield
+        except ProtocolError as error:
+            self._lose(f"the key agent sent rubbish: {error}")
+            raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
+
+
+@contextlib.asynccontextmanager
+async def open_agent(
+    socket_path: str, *, role: str = "cli", on_push: Callable[[Mapping[str, Any]], None] | None = None
+) -> AsyncIterator[AgentClient]:
+    """A client for the length of a block. Raises as `connect` does."""
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        # Carried around the nursery, which would wrap it in a group: that a nursery is in here is nobody's business.
+        try:
+            client = await connect(nursery, socket_path, role=role, on_push=on_push)
+            try:
+                yield client
+            finally:
+                client.close()
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - raised again below
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+async def connect(
+    nursery: trio.Nursery,
+    socket_path: str,
+    *,
+    role: str,
+    on_push: Callable[[Mapping[str, Any]], None] | None = None,
+) -> AgentClient:
+    """Connect, check that the agent is the user's own, say hello; the client's tasks run in `nursery` until `close`.
+
+    `on_push` is called with each event, between two awaits of the loop: it must neither block nor raise. Raises
+    `AgentUnavailable` if no agent answers; `NotPermitted` if the socket or the agent is another user's.
+    """
+    client = AgentClient(_connect(socket_path), on_push)
+    nursery.start_soon(client.run)
+    try:
+        await client.hello(role)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def _connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A Unix socket connects at once or not at all: only a full backlog would make it wait, and then it refuses.
+        sock.settimeout(0)
+        with socket_address(path) as address:
+            sock.connect(address)
+        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        # Whoever listens gets passphrases from us: it must be ourselves, whatever the socket file's owner.
+        if uid != os.geteuid():
+            raise NotPermitted(f"the key agent at {path} belongs to another user (uid {uid})")
+    except PermissionError:
+        sock.close()
+        raise NotPermitted(f"the key agent's socket {path} belongs to another user") from None
+    except OSError as error:
+        sock.close()
+        raise AgentUnavailable(f"no key agent answers at {path}: {error.strerror}") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _wake(entry: _Waiting) -> None:
+    if entry.task is not None:
+        trio.lowlevel.reschedule(entry.task)
+
+
+def _fits(keys: bytes, item: tuple[bytes, str, int, bytes, int]) -> bool:
+    """RFC 3394: every wrap is 8 bytes longer than its key."""
+    wide = item[1] == "names"
+    width = WRAPPED_NAMES_BYTES if wide else WRAPPED_BYTES
+    return len(keys) == len(item[3]) - 8 * (len(item[3]) // width)
+
+
+def _int(result: Mapping[str, Any], name: str) -> int:
+    value = result.get(name)
+    if type(value) is not int:
+        raise ProtocolError(f"{name} is no int")
+    return value
+
+
+def _bool(result: Mapping[str, Any], name: str) -> bool:
+    value = result.get(name)
+    if type(value) is not bool:
+        raise ProtocolError(f"{name} is no bool")
+    return value
+
+
+def _bin(result: Mapping[str, Any], name: str, size: int | None = None) -> bytes:
+    value = result.get(name)
+    if type(value) is not bytes or (size is not None and len(value) != size):
+        raise ProtocolError(f"{name} is no bin of the right size")
+    return value
+
+
+def _kit(row: object, sizes: tuple[int, ...]) -> Kit:
+    if type(row) is not list or len(row) != len(sizes):
+        raise ProtocolError("a kit is no array of seven")
+    if any(type(part) is not bytes or len(part) != size for part, size in zip(row, sizes, strict=True)):
+        raise ProtocolError("a kit's part has a wrong size")
+    return (row[0], row[1], row[2], row[3], row[4], row[5], row[6])
+
+
+def _volume_status(row: object) -> VolumeStatus:
+    if not isinstance(row, dict):
+        raise ProtocolError("a volume is no map")
+    mountpoint, daemon_pid, state = row.get("mountpoint"), row.get("daemon_pid"), row.get("state")
+    if not (mountpoint is None or type(mountpoint) is bytes) or not (daemon_pid is None or type(daemon_pid) is int):
+        raise ProtocolError("a volume's mountpoint or daemon_pid has a wrong type")
+    if state not in ("locked", "unlocked"):
+        raise ProtocolError("a volume's state is neither locked nor unlocked")
+    return VolumeStatus(
+        volume_id=_bin(row, "volume_id", ID_BYTES),
+        cipher_dir=os.fsdecode(_bin(row, "cipher_dir")),
+        mountpoint=None if mountpoint is None else os.fsdecode(mountpoint),
+        state=state,
+        daemon_pid=daemon_pid,
+    )

@@ -1,0 +1,1 @@
+"""Where root keys come from: one module per kind of protector, each a `RootProvider` (ports), none knowing another."""
