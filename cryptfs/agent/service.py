@@ -88,6 +88,7 @@ class Service:
         self._keyring = Keyring(random)
         self._attached: dict[bytes, _Attachment] = {}
         self._cipher_dirs: dict[bytes, bytes] = {}
+        self._kept: set[bytes] = set()
         self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
         self._started_s = clock.time_ns() // 1_000_000_000
         self.stopping = trio.Event()
@@ -97,6 +98,7 @@ class Service:
             "kits": self._kits,
             "hello": self._hello,
             "lock": self._lock,
+            "keep": self._keep,
             "status": self._status,
             "stop": self._stop,
         }
@@ -141,11 +143,10 @@ class Service:
             return _failure(request, error)
 
     def gone(self, peer: Peer) -> None:
-        """The connection ended: what it was attached to and did not detach is forgotten."""
+        """The connection ended: what it was attached to and did not detach is forgotten, unless it is to be kept."""
         for volume_id in [volume_id for volume_id, at in self._attached.items() if at.peer is peer]:
-            del self._attached[volume_id]
-            log.info("the daemon of volume %s is gone: its KEK is forgotten", volume_id.hex())
-            self._forget(volume_id)
+            log.info("the daemon of volume %s is gone", volume_id.hex())
+            self._unattach(volume_id, keep=False)
         self._changed()
 
     def forget_all(self) -> None:
@@ -249,6 +250,7 @@ class Service:
         if other is not None and other.peer is not peer:
             raise VolumeBusy(f"the volume is mounted already, by process {other.peer.pid}")
         self._attached[volume_id] = attachment
+        self._kept.discard(volume_id)
         return {"kek_version": volume.kek_version}
 
     def _detach(self, peer: Peer, args: Args) -> dict[str, Any]:
@@ -257,12 +259,27 @@ class Service:
         attachment = self._attached.get(volume_id)
         if attachment is None or attachment.peer is not peer:
             raise ProtocolError("this connection is not attached to the volume")
-        del self._attached[volume_id]
-        if not keep:
+        self._unattach(volume_id, keep=keep)
+        return {}
+
+    def _keep(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "keep")
+        volume_id, keep = arg.get_id(args, "volume_id"), arg.get_bool(args, "keep")
+        attached = volume_id in self._attached
+        if keep and attached:
+            self._kept.add(volume_id)
+        else:
+            self._kept.discard(volume_id)
+        return {"was_attached": attached}
+
+    def _unattach(self, volume_id: bytes, *, keep: bool) -> None:
+        """The volume's daemon is done: forget the KEK, unless it or the user (the verb `keep`) says otherwise."""
+        attachment = self._attached.pop(volume_id)
+        if not keep and volume_id not in self._kept:
             self._forget(volume_id)
         elif self._keyring.holds(volume_id):
             self._cipher_dirs[volume_id] = attachment.cipher_dir
-        return {}
+        self._kept.discard(volume_id)
 
     def _generate(self, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "id", "purpose", "count")
