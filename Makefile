@@ -6,23 +6,26 @@ LOCK   := $(VENV)/bin/pip-compile --quiet --no-header --generate-hashes --allow-
           --no-emit-index-url --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-unit test-mount torture check format format-check lint type imports \
+.PHONY: help install packages demo bench test test-unit test-mount torture check format format-check lint type imports \
         lock lock-check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-install: $(VENV)/.ready  ## install Debian packages (as root or with sudo) and .venv
+install: packages $(VENV)/.ready  ## install Debian packages (as root or with sudo) and .venv
 
-$(VENV)/.ready: requirements-dev.txt pyproject.toml scripts/install.sh
-	bash scripts/install.sh $(VENV)
+packages:
+	@bash scripts/install.sh packages
+
+$(VENV)/.ready: requirements-dev.txt pyproject.toml scripts/install.sh | packages
+	bash scripts/install.sh venv $(VENV)
 	@touch $@
 
 demo: install  ## the main job on real input
-	$(PYTHON) scripts/demo/main.py $(ARGS)
+	$(PYTHON) -m scripts.demo $(ARGS)
 
 bench: install  ## cryptfs, gocryptfs and the plain directory side by side; ARGS='--quick' for a short run
-	$(PYTHON) scripts/bench/main.py $(ARGS)
+	$(PYTHON) -m scripts.bench $(ARGS)
 
 test: install  ## every test
 	$(PYTHON) -m pytest -m 'not torture' $(ARGS)

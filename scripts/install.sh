@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Installs what cryptfs needs to be built, run and tested: Debian packages (only those missing, and only as root or
-# with sudo) and a virtual environment with pinned, hashed requirements. Run by the Makefile; safe to run again.
+# Installs what cryptfs needs to be built, run and tested. Run by the Makefile; safe to run again.
 #
-#   scripts/install.sh VENV
+#   scripts/install.sh packages     Debian packages: only those missing, and only as root or with sudo
+#   scripts/install.sh venv DIR     a virtual environment with pinned, hashed requirements
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${1:?usage: scripts/install.sh VENV}
 packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev python3 python3-dev python3-venv gocryptfs sqlite3 git attr)
 
 say() { printf 'install: %s\n' "$*"; }
@@ -59,7 +58,7 @@ PY
 }
 
 make_venv() {
-    local python
+    local venv=$1 python
     if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         python=$(find_python)
         say "$venv, with $("$python" --version)"
@@ -67,11 +66,13 @@ make_venv() {
     fi
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
     say "requirements-dev.txt into $venv"
-    "${pip[@]}" install --quiet --require-hashes --requirement requirements-dev.txt
+    "${pip[@]}" install -qq --require-hashes --requirement requirements-dev.txt
     # The pinned setuptools builds cryptfs itself: nothing more is fetched.
-    "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
+    "${pip[@]}" install -qq --no-deps --no-build-isolation --editable .
 }
 
-install_packages
-make_venv
-[[ -e /dev/fuse ]] || say "warning: there is no /dev/fuse here; nothing can be mounted (try: modprobe fuse)"
+case ${1:-} in
+    packages) install_packages ;;
+    venv) make_venv "${2:?usage: scripts/install.sh venv DIR}" ;;
+    *) die "no such step: ${1:-}" "scripts/install.sh packages, or scripts/install.sh venv DIR" ;;
+esac
