@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -151,6 +151,17 @@ def temporary_base(prefix: str, parent: Path | None = None) -> Iterator[Path]:
             shutil.rmtree(base, ignore_errors=True)
 
 
+def shielded(clean_up: Callable[[], None]) -> None:
+    """Runs a clean-up that a second Ctrl-C or SIGTERM cannot cut short."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = [signal.signal(number, signal.SIG_IGN) for number in signals]
+    try:
+        clean_up()
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def temporary_volume(base: Path) -> Iterator[Volume]:
     """A volume that is unmounted, and its agent stopped, whatever happens inside; not yet created."""
@@ -158,11 +169,7 @@ def temporary_volume(base: Path) -> Iterator[Volume]:
     try:
         yield volume
     finally:
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave a mount behind
-        try:
-            volume.clean_up()
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        shielded(volume.clean_up)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -24,6 +24,8 @@ WRONG_PASSPHRASE = "correct horse battery stable, said the demo"
 EXIT_WRONG_SECRET = 13
 DAEMON_END_S = 10.0
 SHOWN_DIFFERENCES = 20
+OUTPUT_COLUMNS = 120
+"""Where the output is no terminal."""
 
 
 @dataclass(slots=True)
@@ -156,7 +158,7 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, help="parent of the temporary directory (default: the system's)")
     arguments = parser.parse_args()
     clean_up_on_signals()
-    progress = Progress(Console(highlight=False))
+    progress = Progress(Console(highlight=False, width=None if sys.stdout.isatty() else OUTPUT_COLUMNS))
     began = time.monotonic()
     try:
         with progress.step("source", "fetch a real source tree"):

@@ -15,7 +15,7 @@ from rich.table import Table
 class Progress:
     """Times steps and shows them; `seconds[(where, title)]` keeps every duration."""
 
-    console: Console = field(default_factory=lambda: Console(highlight=False))
+    console: Console
     seconds: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def heading(self, text: str) -> None:

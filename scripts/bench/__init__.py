@@ -1,0 +1,1 @@
+"""cryptfs, gocryptfs and the plain directory side by side: `python -m scripts.bench`."""
