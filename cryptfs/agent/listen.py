@@ -19,7 +19,7 @@ from cryptfs.paths import private_dir, socket_address
 BACKLOG = 64
 
 
-class AlreadyServed(CryptfsError):  # noqa: N818 - as in cryptfs.errors, the name says what is so
+class AlreadyServed(CryptfsError):
     """Another agent serves this socket."""
 
 
