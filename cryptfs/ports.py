@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cryptfs.types import Buffer as Buffer
 from cryptfs.types import Purpose
-
-Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +29,18 @@ class KeyRun:
     first_block: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FreshKeys:
-    """Keys made by the agent for one log: `keys[i]` (32 bytes, cleared when the cache drops it) and `wrapped[i]` (40)."""
+    """Keys made by the agent for one log: `keys[i]` (32 bytes) and `wrapped[i]` (40).
+
+    The cache overwrites the keys when their time is up and then sets `wiped`: whoever keeps a stock checks it, after its
+    last `await`, before it encrypts.
+    """
 
     kek_version: int
     keys: Sequence[memoryview]
     wrapped: Sequence[bytes]
+    wiped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class DekProvider(Protocol):
         ...
 
     async def make_kit(self, *, directory: bool) -> Kit:
-        """A kit from the stock or the agent."""
+        """A kit from the stock or the agent. Its keys are in the cache too, under their wrapped forms."""
         ...
 
 
@@ -155,9 +159,51 @@ class Store(Protocol):
         """fchownat(2) with AT_SYMLINK_NOFOLLOW; -1 leaves an id as it is."""
         ...
 
+    def fchown(self, fd: int, uid: int, gid: int) -> None: ...
     def utimens(self, dir_fd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None: ...
     def futimens(self, fd: int, atime_ns: int, mtime_ns: int) -> None: ...
     def fstatvfs(self, fd: int, /) -> os.statvfs_result: ...
     def lock(self) -> None:
         """Take the volume's lock: flock(LOCK_EX | LOCK_NB) on the cipher directory. Raises BlockingIOError if held."""
+        ...
+
+
+class RootKey(Protocol):
+    """A root key at hand, derived or remote: wraps KEKs. Only the agent's process ever has one. Calls may block."""
+
+    def wrap(self, kek: Buffer, context: bytes) -> bytes:
+        """`kek` (32 bytes) wrapped and bound to `context` (the AAD of FORMAT.md §3)."""
+        ...
+
+    def unwrap(self, wrapped: bytes, context: bytes) -> bytearray:
+        """The KEK (32 bytes, for the caller to wipe).
+
+        Raises `WrongSecret` if it was not wrapped by this root key under this context ("not mine": the caller
+        goes on to the next protector); `CryptfsError` of another kind if the root key's holder fails.
+        """
+        ...
+
+    def close(self) -> None:
+        """Wipe what is held of the root key. May be called again."""
+        ...
+
+
+class RootProvider(Protocol):
+    """One kind of protector (FORMAT.md §3): how its parameters and a secret lead to a root key. Calls may block."""
+
+    @property
+    def kind(self) -> str:
+        """The protector's `kind` in the volume file."""
+        ...
+
+    def new_params(self, cost: str) -> dict[str, int | str | bytes]:
+        """Parameters for a new protector; `cost` is low, normal or high. Raises `UsageError` for any other."""
+        ...
+
+    def open(self, params: Mapping[str, int | str | bytes], secret: Buffer) -> RootKey:
+        """The root key. A wrong `secret` may show only at `RootKey.unwrap`. Raises `VolumeDamaged` for bad `params`."""
+        ...
+
+    def describe(self, params: Mapping[str, int | str | bytes]) -> str:
+        """One short line for people."""
         ...

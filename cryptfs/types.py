@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from typing import NewType
 
+Buffer = bytes | bytearray | memoryview
+"""Anything the primitives and the store read bytes from."""
+
 VolumeId = NewType("VolumeId", bytes)
 """16 random bytes."""
 

@@ -1,0 +1,60 @@
+"""The daemon's command line, an interface between `cryptfs mount` and this process only. No secret is ever on it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptfs.errors import UsageError
+from cryptfs.keys.policy import MAX_AGE_DEFAULT_S, MAX_ENTRIES_DEFAULT, CachePolicy
+
+FUSE_OPTIONS = frozenset(
+    {
+        "allow_other", "allow_root", "atime", "async", "auto_unmount", "dev", "dirsync", "exec", "noatime", "nodev",
+        "nodiratime", "noexec", "nosuid", "relatime", "suid", "sync",
+    }
+)  # fmt: skip
+_OURS = frozenset({"ro", "rw", "default_permissions"})
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonArgs:
+    """What to mount, where, and how."""
+
+    cipher_dir: Path
+    mountpoint: Path
+    agent_socket: str
+    ready_fd: int | None
+    log_file: Path | None
+    read_only: bool
+    policy: CachePolicy
+    fuse_options: frozenset[str]
+
+
+def parse(argv: Sequence[str]) -> DaemonArgs:
+    """Raises `UsageError` for values that make no sense."""
+    parser = argparse.ArgumentParser(prog="cryptfs-daemon", allow_abbrev=False)
+    parser.add_argument("--cipher-dir", type=Path, required=True)
+    parser.add_argument("--mountpoint", type=Path, required=True)
+    parser.add_argument("--agent-socket", required=True)
+    parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("--log-file", type=Path)
+    parser.add_argument("--foreground", action="store_true")
+    parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--max-age", type=float, default=MAX_AGE_DEFAULT_S)
+    parser.add_argument("--max-entries", type=int, default=MAX_ENTRIES_DEFAULT)
+    parser.add_argument("--max-uses", type=int)
+    parser.add_argument("--no-cache", action="store_true")
+    parser.add_argument("-o", dest="options", action="append", default=[])
+    given = parser.parse_args(argv)
+    options = {word for group in given.options for word in group.split(",") if word}
+    unknown = options - FUSE_OPTIONS - _OURS
+    if unknown:
+        raise UsageError(f"unknown mount option: {sorted(unknown)[0]}")
+    policy = CachePolicy(given.max_age, given.max_entries, given.max_uses, caching=not given.no_cache)
+    return DaemonArgs(
+        given.cipher_dir, given.mountpoint, given.agent_socket, given.ready_fd, given.log_file,
+        given.read_only or "ro" in options, policy, frozenset(options & FUSE_OPTIONS),
+    )  # fmt: skip

@@ -1,0 +1,44 @@
+"""The daemon as a process: its log, its limits, its word to whoever started it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import resource
+import sys
+from pathlib import Path
+
+_PR_SET_DUMPABLE = 4
+
+
+def open_log(path: Path | None) -> None:
+    """Log to `path` (made with mode 0600), or to stderr."""
+    handler: logging.Handler
+    if path is None:
+        handler = logging.StreamHandler(sys.stderr)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handler = logging.StreamHandler(os.fdopen(fd, "a"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def harden() -> None:
+    """No core dumps, and other processes of the user cannot read this one's memory (prctl(2), PR_SET_DUMPABLE)."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def say(fd: int | None, line: str) -> None:
+    """One line to the process that waits for this one, and no more."""
+    if fd is None:
+        return
+    try:
+        os.write(fd, line.replace("\n", " ").encode() + b"\n")
+        os.close(fd)
+    except OSError:
+        return

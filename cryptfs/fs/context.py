@@ -1,0 +1,159 @@
+"""What every part of one mounted volume shares. Made once by a composition root, handed down, never global."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import trio
+
+from cryptfs.blocks.codec import BlockCodec, Slots
+from cryptfs.crypto.mac import mac, same
+from cryptfs.errors import Damaged
+from cryptfs.format.datafile import DataHeader
+from cryptfs.format.state import State
+from cryptfs.ports import Clock, DekProvider, KeyRun, Random, Store
+from cryptfs.types import EPOCH_SHIFT, Purpose, epoch_of
+
+log = logging.getLogger("cryptfs")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeConfig:
+    """The authenticated part of `volume` the filesystem needs."""
+
+    volume_id: bytes
+    block_size: int
+    root_dir_id: bytes
+    volume_key_kek: int
+    volume_key_wrapped: bytes
+
+
+class FsContext:
+    """Store, keys, epoch and small shared helpers of one volume."""
+
+    def __init__(
+        self, config: VolumeConfig, store: Store, keys: DekProvider, clock: Clock, random: Random, *,
+        read_only: bool = False,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.store = store
+        self.keys = keys
+        self.clock = clock
+        self.random = random
+        self.read_only = read_only
+        self.codec = BlockCodec(config.volume_id, config.block_size)
+        self.state: State | None = None
+        self._counter = 0
+        self._slots: list[Slots] = []
+        self._dirs: dict[bytes, int] = {}
+        self.threads = trio.CapacityLimiter(16)
+
+    # generations -----------------------------------------------------------------------------------------------
+
+    def next_generation(self) -> int:
+        """A number never used before in this volume: the epoch was made durable before its first use."""
+        assert self.state is not None
+        self._counter += 1
+        return self.state.epoch << EPOCH_SHIFT | self._counter
+
+    def forgives(self, generation: int) -> bool:
+        """Whether what was written at `generation` may be missing: its epoch ended uncleanly."""
+        assert self.state is not None
+        return self.state.is_unclean(epoch_of(generation))
+
+    def crashed_since(self, generation: int) -> bool:
+        """Whether an epoch not older than that of `generation` ended uncleanly: what came after it may be torn."""
+        assert self.state is not None
+        return any(last >= epoch_of(generation) for _, last in self.state.unclean)
+
+    @property
+    def crashed_before(self) -> bool:
+        """Whether any epoch of this volume ended uncleanly."""
+        assert self.state is not None
+        return bool(self.state.unclean)
+
+    # keys ------------------------------------------------------------------------------------------------------
+
+    async def volume_key(self) -> memoryview:
+        """32 bytes; good until the next await."""
+        config = self.config
+        key = self.keys.peek(config.volume_key_wrapped)
+        if key is not None:
+            return key
+        run = KeyRun(bytes(16), Purpose.VOLUME, config.volume_key_kek, (config.volume_key_wrapped,))
+        return (await self.keys.unwrap([run]))[0][0]
+
+    def sign_header(self, volume_key: memoryview, header: DataHeader) -> bytes:
+        """A data file's first 64 bytes."""
+        signed = header.signed()
+        return signed + mac(volume_key, self.config.volume_id, signed)
+
+    def check_header(self, volume_key: memoryview, header: DataHeader) -> None:
+        """Raises `Damaged("data-header")`."""
+        if not same(mac(volume_key, self.config.volume_id, header.signed()), header.mac):
+            raise Damaged("data-header", "not authentic")
+
+    # scratch memory --------------------------------------------------------------------------------------------
+
+    def take_slots(self, count: int) -> Slots:
+        """Scratch for at least `count` blocks, to be given back."""
+        if self._slots and self._slots[-1].count >= count:
+            return self._slots.pop()
+        # One WRITE carries at most 1 MiB: that, and two ragged ends, is the size worth keeping.
+        usual = (1 << 20) // self.config.block_size + 2
+        return Slots(self.config.block_size, max(count, usual))
+
+    def give_slots(self, slots: Slots) -> None:
+        """Return scratch; a few are kept."""
+        if len(self._slots) < 4:
+            self._slots.append(slots)
+
+    # storage ---------------------------------------------------------------------------------------------------
+
+    async def in_thread(self, call: Callable[..., T], *args: object) -> T:
+        """Run a call that may wait for the disk. Not cancelled half-way: what it did must be known."""
+        return await trio.to_thread.run_sync(call, *args, limiter=self.threads)
+
+    def dir_fd(self, *names: bytes) -> int:
+        """A descriptor of one of the volume's own directories (`tree`, `sidecars/ab`, `tmp`), kept open."""
+        path = b"/".join(names)
+        fd = self._dirs.get(path)
+        if fd is None:
+            above = self.dir_fd(*names[:-1]) if len(names) > 1 else self.store.root()
+            fd = self.store.open(above, names[-1], os.O_RDONLY | os.O_DIRECTORY)
+            self._dirs[path] = fd
+        return fd
+
+    def sidecar_dir(self, log_id: bytes) -> int:
+        """The directory of this id's sidecar and twin."""
+        return self.dir_fd(b"sidecars", b"%02x" % log_id[0])
+
+    def close(self) -> None:
+        """Close the descriptors this object holds."""
+        for fd in self._dirs.values():
+            self.store.close(fd)
+        self._dirs.clear()
+        self._slots.clear()
+
+
+def write_all(store: Store, fd: int, data: bytes, offset: int) -> None:
+    """pwrite(2) until everything is there; short writes are continued, errors raised as they come."""
+    done = 0
+    while done < len(data):
+        done += store.pwrite(fd, memoryview(data)[done:], offset + done)
+
+
+def sidecar_name(log_id: bytes) -> bytes:
+    """Name of an id's sealed log."""
+    return log_id.hex().encode()
+
+
+def twin_name(log_id: bytes) -> bytes:
+    """Name of an id's twin."""
+    return log_id.hex().encode() + b".twin"

@@ -1,0 +1,272 @@
+"""One directory: its sealed log, its names, what it says it holds.
+
+A change is one frame first and the call on the tree second. A crash between the two, or a power cut that keeps one without the other, leaves
+`.dir` and the tree of two minds about one entry; its epoch did not end cleanly, and `reconcile` lets the tree decide.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cryptfs.crypto.siv import NameCipher
+from cryptfs.errors import Damaged
+from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
+from cryptfs.format.log import DELTA, KIND_DIR, LogHeader
+from cryptfs.fs.context import FsContext
+from cryptfs.fs.locks import SharedLock
+from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, header_of, read_log, replay
+from cryptfs.names import DIR_LOG
+from cryptfs.ports import KeyRun, Kit
+from cryptfs.types import Purpose, epoch_of
+
+_COMPACT_MIN_BYTES = 64 * 1024
+_FRAME_BYTES = 160
+
+
+@dataclass(frozen=True, slots=True)
+class DirKeys:
+    """A directory's keys in clear; good until the next await."""
+
+    log_key: memoryview
+    names: NameCipher
+
+
+class DirNode:
+    """An open directory. `entries`: sealed name -> entry, in the order they were made.
+
+    `lock` is held alone by whoever changes the directory; looking a name up takes no lock, since no change awaits half-way.
+    """
+
+    def __init__(self, ctx: FsContext, ino: int, fd: int, header: LogHeader) -> None:
+        self.ctx = ctx
+        self.ino = ino
+        self.fd = fd
+        self.header = header
+        self.entries: dict[bytes, Entry] = {}
+        self.lock = SharedLock()
+        self.pins = 0
+        self.removed = False
+        self.durable_gen = 0
+        self.last_gen = 0
+        self._log: SealedLog | None = None
+        self.unsure: set[bytes] = set()
+        """Sealed names recorded in an epoch that ended uncleanly: what they name may never have reached the disk."""
+        self._pending: list[DirPayload] = []
+        """Changes the tree has and the log could not take (disk full): appended before anything else is."""
+
+    @property
+    def dir_id(self) -> bytes:
+        """16 bytes."""
+        return self.header.log_id
+
+    @property
+    def log(self) -> SealedLog:
+        """The open log."""
+        assert self._log is not None
+        return self._log
+
+    def key_runs(self) -> list[KeyRun]:
+        """What to unwrap to use this directory."""
+        return key_runs(self.header)
+
+    async def keys(self) -> DirKeys:
+        """Log key and names, from the cache or the agent; good until the next await."""
+        peek = self.ctx.keys.peek
+        log_key, names_key = peek(self.header.log_wrapped), peek(self.header.names_wrapped)
+        if log_key is None or names_key is None:
+            (log_key,), (names_key,) = await self.ctx.keys.unwrap(self.key_runs())
+        # A cipher object per use costs less than 2 µs; kept, it would keep the key past its time.
+        return DirKeys(log_key, NameCipher(names_key, self.dir_id))
+
+    def names_nowait(self) -> NameCipher | None:
+        """The name cipher if its key is in the cache."""
+        key = self.ctx.keys.peek(self.header.names_wrapped)
+        return NameCipher(key, self.dir_id) if key is not None else None
+
+    # changing --------------------------------------------------------------------------------------------------
+
+    def apply(self, log_key: memoryview, entries: Iterable[Entry] = (), gone: Iterable[bytes] = ()) -> None:
+        """Append one frame, then hold it true. Raises OSError; then nothing has changed.
+
+        The caller holds the lock and does the call on the tree next, without an await between.
+        """
+        payload = DirPayload(tuple(entries), tuple(gone))
+        try:
+            self._flush(log_key)
+            self._append(log_key, payload)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or payload.entries:
+                raise
+            # Removing must work on a full disk: it is how one makes room. The frame follows when there is some.
+            self._pending.append(payload)
+        self._hold(payload)
+
+    def revert(self, log_key: memoryview, entries: Iterable[Entry] = (), gone: Iterable[bytes] = ()) -> None:
+        """After the call on the tree failed: say that things are as before. Never raises; at worst it is said later."""
+        payload = DirPayload(tuple(entries), tuple(gone))
+        self._hold(payload)
+        self._pending.append(payload)
+        try:
+            self._flush(log_key)
+        except OSError:
+            return
+
+    def _flush(self, log_key: memoryview) -> None:
+        while self._pending:
+            self._append(log_key, self._pending[0])
+            self._pending.pop(0)
+
+    async def flush(self) -> None:
+        """Write what the log could not take before. Raises OSError."""
+        if self._pending:
+            self._flush((await self.keys()).log_key)
+
+    @property
+    def has_pending(self) -> bool:
+        """The log lacks something: this directory must not be dropped from memory."""
+        return bool(self._pending)
+
+    def _append(self, log_key: memoryview, payload: DirPayload) -> None:
+        generation = self.ctx.next_generation()
+        gone = set(payload.gone).intersection(self.entries)
+        come = sum(e.sealed in gone or e.sealed not in self.entries for e in payload.entries)
+        size = len(self.entries) - len(gone) + come
+        self.log.append(self.ctx.store, log_key, Frame(generation, self.durable_gen, size, payload.encode()))
+        self.last_gen = generation
+
+    def _hold(self, payload: DirPayload) -> None:
+        for sealed in payload.gone:
+            self.entries.pop(sealed, None)
+        for entry in payload.entries:
+            self.entries[entry.sealed] = entry
+
+    # durability ------------------------------------------------------------------------------------------------
+
+    async def sync(self) -> None:
+        """Make the log and the directory durable. Raises OSError."""
+        await self.flush()
+        generation, store = self.last_gen, self.ctx.store
+
+        def both() -> None:
+            store.fdatasync(self.log.fd)
+            store.fsync(self.fd)
+
+        await self.ctx.in_thread(both)
+        self.durable_gen = max(self.durable_gen, generation)
+
+    async def compact(self) -> None:
+        """Rewrite the log as one snapshot when most of it is dead frames."""
+        live = sum(len(e.sealed) + 24 for e in self.entries.values()) + _FRAME_BYTES
+        if self.log.end < _COMPACT_MIN_BYTES + 3 * live or self.removed or self.ctx.read_only:
+            return
+        await self.lock.acquire_exclusive()
+        self.pins += 1
+        try:
+            await self.flush()
+            generation = self.ctx.next_generation()
+            payload = DirPayload(tuple(self.entries.values()))
+            frame = Frame(generation, self.durable_gen, len(self.entries), payload.encode())
+            key = bytearray((await self.keys()).log_key)
+            before = self.ctx.store.fstat(self.fd)
+            try:
+                self._log = await self.ctx.in_thread(
+                    self.log.rewrite, self.ctx.store, self.fd, DIR_LOG, key, self.header, frame
+                )
+            finally:
+                key[:] = bytes(len(key))
+            self.last_gen = generation
+            # The log's new name is not a change of the directory the user sees.
+            self.ctx.store.futimens(self.fd, before.st_atime_ns, before.st_mtime_ns)
+        finally:
+            self.pins -= 1
+            self.lock.release_exclusive()
+
+    def close_log(self) -> None:
+        """Close the log's descriptor."""
+        if self._log is not None:
+            self.ctx.store.close(self._log.fd)
+            self._log = None
+
+    def close(self) -> None:
+        """Close the directory's descriptors."""
+        self.close_log()
+        self.ctx.store.close(self.fd)
+
+    # making and opening ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, ctx: FsContext, fd: int, kit: Kit) -> DirNode:
+        """Write a new, empty log into the directory behind `fd`. Synchronous: the kit's keys are good. Raises OSError."""
+        assert kit.names_wrapped is not None
+        header = LogHeader(KIND_DIR, kit.kek_version, kit.log_id, kit.log_wrapped, kit.names_wrapped)
+        node = cls(ctx, 0, fd, header)
+        generation = ctx.next_generation()
+        frame = Frame(generation, 0, 0, DirPayload().encode())
+        node._log = SealedLog.create(ctx.store, fd, DIR_LOG, header, kit.log_key, frame)
+        node.last_gen = generation
+        return node
+
+    @classmethod
+    async def open(cls, ctx: FsContext, ino: int, fd: int, dir_id: bytes) -> DirNode:
+        """Read and verify the log of the directory behind `fd`, which the node owns from now on. Raises `Damaged`, OSError, key errors."""
+        store = ctx.store
+        try:
+            log_fd = store.open(fd, DIR_LOG, os.O_RDONLY if ctx.read_only else os.O_RDWR)
+        except FileNotFoundError:
+            raise Damaged("missing-dir-log") from None
+        try:
+            raw = read_log(store, log_fd)
+            header = header_of(raw)
+            if header.kind != KIND_DIR or header.log_id != dir_id:
+                raise Damaged("id-mismatch", "the directory is another one")
+            node = cls(ctx, ino, fd, header)
+            (log_key,), _ = await ctx.keys.unwrap(key_runs(header))
+            node._adopt(log_fd, replay(raw, header, log_key))
+        except BaseException:
+            store.close(log_fd)
+            raise
+        return node
+
+    def _adopt(self, log_fd: int, replayed: Replay) -> None:
+        ctx = self.ctx
+        heads = replayed.heads
+        last = heads[-1].generation if heads else 0
+        assert ctx.state is not None
+        torn = bool(replayed.tail) or None in replayed.payloads
+        keep = len(heads)
+        if torn:
+            if not (ctx.crashed_since(last) and epoch_of(last) < ctx.state.epoch):
+                raise Damaged("dir-log", "a frame is damaged")
+            keep = next((i for i, payload in enumerate(replayed.payloads) if payload is None), keep)
+        if not keep or (keep < len(heads) and heads[keep].generation <= replayed.durable_up_to):
+            raise Damaged("dir-log", "a frame is damaged")
+        for head, payload in zip(heads[:keep], replayed.payloads[:keep], strict=True):
+            assert payload is not None
+            decoded = decode_dir(payload)
+            self._hold(decoded)
+            if head.kind == DELTA and ctx.forgives(head.generation):
+                self.unsure.update(entry.sealed for entry in decoded.entries)
+        self._log = SealedLog.resume(log_fd, replayed, keep)
+        if torn and not ctx.read_only:
+            ctx.store.ftruncate(log_fd, self._log.end)
+        self.last_gen = heads[keep - 1].generation
+        old = [h.generation for h in heads[:keep] if epoch_of(h.generation) < ctx.state.epoch]
+        self.durable_gen = max([h.durable_up_to for h in heads[:keep]] + old)
+
+    @property
+    def needs_reconciling(self) -> bool:
+        """Whether a crash since its last frame may have left log and tree of two minds."""
+        state = self.ctx.state
+        assert state is not None
+        return epoch_of(self.last_gen) < state.epoch and self.ctx.crashed_since(self.last_gen)
+
+
+def key_runs(header: LogHeader) -> list[KeyRun]:
+    """Log key and names key of a directory, for one unwrap."""
+    return [
+        KeyRun(header.log_id, Purpose.LOG_DIR, header.kek_version, (header.log_wrapped,)),
+        KeyRun(header.log_id, Purpose.NAMES, header.kek_version, (header.names_wrapped,)),
+    ]

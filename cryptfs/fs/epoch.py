@@ -1,0 +1,54 @@
+"""The `state` file: beginning and ending a mount epoch (FORMAT.md §4).
+
+Beginning: syncfs, write the next epoch into the other slot, fdatasync, and only then anything else. Whatever an earlier daemon left in the page cache is
+thereby durable or gone: what reads back from now on is durable. A crash before the fdatasync returns leaves the old state; after it, an
+epoch that ended uncleanly and holds nothing, which forgives nothing.
+
+Ending: everything durable first, then the same epoch, clean.
+"""
+
+from __future__ import annotations
+
+import os
+
+from cryptfs.crypto.mac import mac, same
+from cryptfs.errors import VolumeDamaged
+from cryptfs.format.state import SLOT_BYTES, State, decode_slot
+from cryptfs.fs.context import write_all
+from cryptfs.ports import Store
+
+STATE = b"state"
+
+
+def read_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview) -> State:
+    """The state that counts. Raises `VolumeDamaged` if no slot is authentic."""
+    try:
+        fd = store.open(store.root(), STATE, os.O_RDONLY)
+    except FileNotFoundError:
+        raise VolumeDamaged("the volume's `state` file is missing") from None
+    try:
+        raw = store.pread(fd, 2 * SLOT_BYTES + 1, 0)
+    finally:
+        store.close(fd)
+    if len(raw) > 2 * SLOT_BYTES:
+        raise VolumeDamaged("the volume's `state` file is too long")
+    good: list[State] = []
+    for at in (0, SLOT_BYTES):
+        slot = decode_slot(raw[at : at + SLOT_BYTES])
+        if slot is not None and same(mac(volume_key, volume_id, slot[0].signed()), slot[1]):
+            if slot[0].slot * SLOT_BYTES == at:
+                good.append(slot[0])
+    if not good:
+        raise VolumeDamaged("the volume's `state` file is damaged: neither of its two slots is authentic")
+    return max(good, key=lambda state: state.sequence)
+
+
+def write_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview, state: State) -> None:
+    """Write `state` into its slot and sync it. Blocks. Raises OSError."""
+    signed = state.signed()
+    fd = store.open(store.root(), STATE, os.O_RDWR | os.O_CREAT)
+    try:
+        write_all(store, fd, signed + mac(volume_key, volume_id, signed), state.slot * SLOT_BYTES)
+        store.fdatasync(fd)
+    finally:
+        store.close(fd)

@@ -1,0 +1,352 @@
+"""Reading, writing and cutting one file. `journal` makes it durable.
+
+`read` is the path everything serves: which extents, their ciphertext from disk, their DEKs from the cache or the
+agent, decrypt, join. `write` is its mirror image: homes that hold nothing durable, fresh DEKs, encrypt, write, then the map.
+
+A crash between any two calls here leaves data in homes that no durable frame names, which is invisible.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+from cryptfs.blocks.extents import DURABLE, FRESH, HOME_DATA, HOME_TWIN, Extent
+from cryptfs.errors import Damaged
+from cryptfs.format.datafile import HEADER_BYTES
+from cryptfs.fs.context import FsContext, twin_name
+from cryptfs.fs.history import POISON
+from cryptfs.fs.journal import Journal
+from cryptfs.fs.state import FileState
+from cryptfs.ports import FreshKeys, KeyRun, Kit
+from cryptfs.types import Buffer, Purpose
+
+SIZE_MAX = (1 << 63) - 1 - (1 << 20)
+"""Plaintext bytes: what a signed 64-bit file offset leaves after the header and a block."""
+
+_DEKS_MIN, _DEKS_MAX = 4, 512
+_READ_AHEAD_BLOCKS = 64
+_NOWAIT = os.RWF_NOWAIT
+
+
+class FileNode:
+    """A file somebody has open, or that is not settled yet. All offsets and sizes are of plaintext, in bytes."""
+
+    def __init__(self, ctx: FsContext, state: FileState, journal: Journal) -> None:
+        self.ctx = ctx
+        self.state = state
+        self.journal = journal
+        self.opens = 0
+        self.unlinked = False
+        self._stock: FreshKeys | None = None
+        self._stock_next = 0
+        self._stock_size = _DEKS_MIN
+        self._read_end = 0
+
+    def use_stock(self, kit: Kit) -> None:
+        """Take a new file's first DEKs from its kit, which is its alone."""
+        self._stock, self._stock_next = kit.deks, 0
+
+    @property
+    def size(self) -> int:
+        """Plaintext bytes."""
+        return self.state.size
+
+    # reading ---------------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, count: int) -> memoryview:
+        """At most `count` bytes; fewer only at the end of the file. Raises `Damaged`, OSError, or what keys raise."""
+        state = self.state
+        if not self.journal.loaded:
+            await self.journal.load()
+        await state.lock.acquire_shared()
+        try:
+            end_offset = min(offset + count, state.size)
+            if offset >= end_offset:
+                return memoryview(b"")
+            block_size = self.ctx.config.block_size
+            first, end = offset // block_size, -(-end_offset // block_size)
+            out = await self._read_blocks(first, end, ahead=offset == self._read_end)
+            self._read_end = end_offset
+            return out[offset - first * block_size : end_offset - first * block_size]
+        finally:
+            state.lock.release_shared()
+
+    async def _read_blocks(self, first: int, end: int, *, ahead: bool = False) -> memoryview:
+        """Plaintext of whole blocks, zeros where there is none. The caller holds the lock."""
+        block_size = self.ctx.config.block_size
+        # A new buffer each time: it arrives zeroed (holes, short blocks), and nobody else's plaintext can be in it.
+        out = memoryview(bytearray((end - first) * block_size))
+        for extent in self.state.blocks.overlapping(first, end):
+            a, b = max(first, extent.first), min(end, extent.end)
+            await self._read_extent(extent, a, b, out[(a - first) * block_size : (b - first) * block_size], ahead=ahead)
+        return out
+
+    async def _read_extent(self, extent: Extent, first: int, end: int, out: memoryview, *, ahead: bool) -> None:
+        ctx, state = self.ctx, self.state
+        if extent.home == POISON:
+            raise Damaged("frame", f"block {first}")
+        slots = ctx.take_slots(end - first)
+        try:
+            targets = ctx.codec.targets(extent, first, end, slots)
+            fd = state.home_fd(extent.home)
+            await self._fill(fd, targets, state.home_offset(extent.home, first), first)
+            deks = await self._deks_of(extent, first, end, ahead=ahead)
+            bad = ctx.codec.open_run(state.file_id, extent, first, end, deks, slots, out)
+            if bad >= 0:
+                raise Damaged("tag", f"block {bad}")
+        finally:
+            ctx.give_slots(slots)
+
+    async def _fill(self, fd: int, targets: list[memoryview], offset: int, first: int) -> None:
+        """Read ciphertext: at once if the kernel has it in memory, else from a thread."""
+        store = self.ctx.store
+        wanted = sum(map(len, targets))
+        try:
+            done = store.preadv(fd, targets, offset, _NOWAIT)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            done = 0
+        while done < wanted:
+            rest = _skip(targets, done)
+            got = await self.ctx.in_thread(store.preadv, fd, rest, offset + done)
+            if got <= 0:
+                raise Damaged("short", f"block {first}")
+            done += got
+
+    async def _deks_of(self, extent: Extent, first: int, end: int, *, ahead: bool) -> Sequence[memoryview]:
+        """The DEKs of blocks first … end - 1. The views are good until the next await."""
+        peek = self.ctx.keys.peek
+        wraps = [extent.wrapped_of(block) for block in range(first, end)]
+        deks: list[memoryview] = []
+        for wrapped in wraps:
+            key = peek(wrapped)
+            if key is None:
+                break
+            deks.append(key)
+        else:
+            return deks
+        # A sequential reader will want the next blocks too: one round trip for all of them.
+        upto = min(extent.end, end + _READ_AHEAD_BLOCKS) if ahead else end
+        wraps += [extent.wrapped_of(block) for block in range(end, upto)]
+        run = KeyRun(self.state.file_id, Purpose.BLOCK, extent.kek_version, wraps, first)
+        return (await self.ctx.keys.unwrap([run]))[0][: end - first]
+
+    # writing ---------------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: Buffer) -> int:
+        """All of `data` at `offset`; returns its length. Raises OSError (then the file is as it was), `Damaged`, key errors."""
+        if not data:
+            return 0
+        if offset + len(data) > SIZE_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        if not self.journal.loaded:
+            await self.journal.load()
+        await self.state.lock.acquire_exclusive()
+        try:
+            await self._write(offset, memoryview(data))
+        finally:
+            self.state.lock.release_exclusive()
+        return len(data)
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        state, block_size = self.state, self.ctx.config.block_size
+        end_offset = offset + len(data)
+        first, end = offset // block_size, -(-end_offset // block_size)
+        new_size = max(state.size, end_offset)
+        plains: list[Buffer] = []
+        head = offset - first * block_size
+        at = 0
+        for block in range(first, end):
+            start = block * block_size
+            length = min(block_size, new_size - start)
+            take = min(block_size - head, len(data) - at)
+            if head == 0 and take == length:
+                plains.append(data[at : at + take])
+            else:
+                plains.append(await self._merged(block, length, head, data[at : at + take]))
+            at += take
+            head = 0
+        await self._put(first, plains)
+        if new_size > state.size:
+            state.size = new_size
+            self._make_room()
+
+    async def _merged(self, block: int, length: int, at: int, piece: memoryview) -> bytearray:
+        """Block `block` with `piece` laid over it at `at`; `length` bytes at most, no longer than it has content."""
+        block_size = self.ctx.config.block_size
+        if self.state.blocks.find(block) is None:
+            plain = bytearray(length)
+        else:
+            plain = bytearray((await self._read_blocks(block, block + 1))[:length])
+        plain[at : at + len(piece)] = piece
+        assert len(plain) <= block_size
+        return plain
+
+    async def _put(self, first: int, plains: list[Buffer]) -> None:
+        """Encrypt and write blocks first … and make them current. On an error the map is as it was."""
+        ctx, state = self.ctx, self.state
+        count = len(plains)
+        version = ctx.next_generation()
+        slots = ctx.take_slots(count)
+        try:
+            stock, start = await self._take_deks(count)
+            # No await between here and the end of seal_run: the keys could be wiped meanwhile.
+            deks = stock.keys[start : start + count]
+            ciphers, tags = ctx.codec.seal_run(state.file_id, first, version, plains, deks, slots)
+            kek_version = stock.kek_version
+            wrapped = b"".join(stock.wrapped[start : start + count])
+            new: list[Extent] = []
+            for a, b, home in self._homes(first, first + count):
+                if home == HOME_TWIN and state.twin_fd is None:
+                    self._open_twin()
+                piece = ciphers[a - first : b - first]
+                self._write_home(home, piece, state.home_offset(home, a))
+                last_len = len(piece[-1])
+                new.append(Extent(a, b, version, last_len, home, kek_version, wrapped, tags, FRESH, base=first))
+        finally:
+            ctx.give_slots(slots)
+        for old in state.blocks.remove(first, first + count):
+            if old.stage == DURABLE:
+                state.displaced.insert(old)
+        for extent in new:
+            state.blocks.insert(extent)
+
+    def _homes(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """Split first … end - 1 by where each block may be written: never where its last durable version lies."""
+        state = self.state
+        taken: list[tuple[int, int, int]] = [
+            (e.first, e.end, 1 - e.home if e.home in (HOME_DATA, HOME_TWIN) else HOME_DATA)
+            for e in state.displaced.overlapping(first, end)
+        ]
+        for e in state.blocks.overlapping(first, end):
+            if e.home == POISON:
+                continue
+            # A version that is not durable may be overwritten where it is; a displaced one already decided otherwise.
+            taken.append((e.first, e.end, 1 - e.home if e.stage == DURABLE else e.home))
+        if not taken:
+            return [(first, end, HOME_DATA)]
+        out: list[tuple[int, int, int]] = []
+        at = first
+        for a, b, home in sorted(taken):
+            a, b = max(a, at), min(b, end)
+            if a >= b:
+                continue
+            if at < a:
+                _extend(out, at, a, HOME_DATA)
+            _extend(out, a, b, home)
+            at = b
+        if at < end:
+            _extend(out, at, end, HOME_DATA)
+        return out
+
+    def _write_home(self, home: int, ciphers: list[memoryview], offset: int) -> None:
+        state, store = self.state, self.ctx.store
+        if home == HOME_DATA:
+            state.data_unsynced = True
+        else:
+            state.twin_unsynced = True
+        fd = state.home_fd(home)
+        wanted, done = sum(map(len, ciphers)), 0
+        try:
+            while done < wanted:
+                done += store.pwritev(fd, _skip(ciphers, done) if done else ciphers, offset + done)
+        finally:
+            if home == HOME_DATA and done:
+                state.data_len = max(state.data_len, offset + done - HEADER_BYTES)
+
+    def _open_twin(self) -> None:
+        ctx, state = self.ctx, self.state
+        where, name = ctx.sidecar_dir(state.file_id), twin_name(state.file_id)
+        try:
+            state.twin_fd = ctx.store.open(where, name, os.O_RDWR)
+        except FileNotFoundError:
+            state.twin_fd = ctx.store.open(where, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            state.twin_new = True
+
+    async def _take_deks(self, count: int) -> tuple[FreshKeys, int]:
+        """`count` unused DEKs: (stock, index of the first). Each is handed out once, also if the write then fails."""
+        stock, start = self._stock, self._stock_next
+        if stock is None or stock.wiped or start + count > len(stock.keys):
+            self._stock_size = min(_DEKS_MAX, max(self._stock_size * 2, count))
+            # Those left over are never used: a write takes its DEKs from one stock.
+            stock = await self.ctx.keys.generate(self.state.file_id, Purpose.BLOCK, max(self._stock_size, count))
+            start = 0
+        self._stock = stock
+        self._stock_next = start + count
+        return stock, start
+
+    def _make_room(self) -> None:
+        """Let the data file reach the file's end: its size is how `stat` knows the file's."""
+        state = self.state
+        if state.data_len < state.size:
+            self.ctx.store.ftruncate(state.data_fd, HEADER_BYTES + state.size)
+            state.data_len = state.size
+            state.data_unsynced = True
+
+    # cutting ---------------------------------------------------------------------------------------------------
+
+    async def truncate(self, size: int) -> None:
+        """Make the file `size` bytes long; new bytes are a hole."""
+        if size > SIZE_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        if not self.journal.loaded:
+            await self.journal.load()
+        state = self.state
+        await state.lock.acquire_exclusive()
+        try:
+            if size < state.size:
+                await self._shrink(size)
+            elif size > state.size:
+                old = state.size
+                state.size = size
+                try:
+                    self._make_room()
+                except OSError:
+                    state.size = old
+                    raise
+        finally:
+            state.lock.release_exclusive()
+
+    async def _shrink(self, size: int) -> None:
+        state, block_size = self.state, self.ctx.config.block_size
+        tail, rest = divmod(size, block_size)
+        if rest:
+            extent = state.blocks.find(tail)
+            if extent is not None:
+                length = extent.last_len if extent.end == tail + 1 else block_size
+                if length > rest:
+                    # The bytes past the cut must not come back when the file grows again: a new, shorter version.
+                    await self._put(tail, [bytes((await self._read_blocks(tail, tail + 1))[:rest])])
+        first_gone = -(-size // block_size)
+        end = -(-state.size // block_size)
+        if first_gone < end:
+            for old in state.blocks.remove(first_gone, end):
+                if old.stage == DURABLE:
+                    state.displaced.insert(old)
+            self.journal.holes.append((first_gone, end - first_gone))
+        state.size = size
+        if not state.acked:
+            # Nothing of this file was ever acknowledged: no durable frame can want the bytes past the cut.
+            self.journal.cut()
+
+
+def _extend(out: list[tuple[int, int, int]], first: int, end: int, home: int) -> None:
+    if out and out[-1][2] == home and out[-1][1] == first:
+        out[-1] = (out[-1][0], end, home)
+    else:
+        out.append((first, end, home))
+
+
+def _skip(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """`buffers` without their first `count` bytes."""
+    out: list[memoryview] = []
+    for buffer in buffers:
+        if count >= len(buffer):
+            count -= len(buffer)
+        else:
+            out.append(buffer[count:])
+            count = 0
+    return out

@@ -1,0 +1,348 @@
+"""Attributes and open files: from an inode to its `FileNode` and back, and everything that ends in a sync."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+
+import trio
+
+from cryptfs.errors import CryptfsError, Damaged
+from cryptfs.format.datafile import HEADER_BYTES
+from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.directory import DirNode
+from cryptfs.fs.file import FileNode
+from cryptfs.fs.inodes import Inode, InodeTable
+from cryptfs.fs.journal import Journal
+from cryptfs.fs.reaper import Reaper
+from cryptfs.fs.reconcile import KIND_OF_MODE
+from cryptfs.fs.state import FileState
+from cryptfs.fs.symlink import decode_target_text, read_target
+from cryptfs.ports import Kit
+from cryptfs.types import Kind
+
+_SETTLE_INTERVAL_S = 2.0
+_NEW_MAX = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class Attr:
+    """What `stat` shows: the entry's own in `tree/`, with the plaintext size in bytes."""
+
+    inode: Inode
+    st: os.stat_result
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What setattr asks for; None leaves a field as it is. Times in nanoseconds."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+class Files:
+    """Open files and attributes of one volume."""
+
+    def __init__(self, ctx: FsContext, inodes: InodeTable, reaper: Reaper) -> None:
+        self.ctx = ctx
+        self.inodes = inodes
+        self.reaper = reaper
+        self.new_ids: set[bytes] = set()
+        """Files and directories made in this epoch whose entry is not known to be durable."""
+        self.unsettled: set[Inode] = set()
+
+    # attributes ------------------------------------------------------------------------------------------------
+
+    async def attr(self, inode: Inode) -> Attr:
+        """Attributes now. Raises ESTALE, `Damaged`, key errors."""
+        file = inode.file
+        if file is not None:
+            return self._attr_open(inode, file)
+        if inode.last_st is not None:
+            header = HEADER_BYTES if inode.kind == Kind.FILE else 0
+            return Attr(inode, inode.last_st, max(0, inode.last_st.st_size - header))
+        if inode is self.inodes.root or inode.kind == Kind.DIR:
+            node = self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)
+            st = self.ctx.store.fstat(node.fd)
+            return Attr(inode, st, st.st_size)
+        parent, name = inode.place()
+        node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
+        st = self.ctx.store.lstat(node.fd, name)
+        if st.st_ino != inode.ino:
+            raise Damaged("exchanged", "another file lies under this name")
+        return await self.attr_of(inode, node, name, st)
+
+    async def attr_of(self, inode: Inode, node: DirNode, name: bytes, st: os.stat_result) -> Attr:
+        """Attributes of an entry whose `lstat` is at hand."""
+        if inode.kind == Kind.FILE:
+            if inode.file is not None:
+                return self._attr_open(inode, inode.file)
+            if self.ctx.crashed_before and not inode.settled:
+                # Its size may not be arithmetic yet: find out, once.
+                file = await self.open(inode)
+                try:
+                    await file.journal.load()
+                    return self._attr_open(inode, file)
+                finally:
+                    await self.release(inode)
+            if st.st_size < HEADER_BYTES:
+                raise Damaged("data-header", f"{st.st_size} bytes")
+            return Attr(inode, st, st.st_size - HEADER_BYTES)
+        if inode.kind == Kind.SYMLINK:
+            log_id, length = decode_target_text(self.ctx.store.readlink(node.fd, name))
+            if log_id != inode.log_id:
+                raise Damaged("id-mismatch", "the symlink is another one")
+            return Attr(inode, st, length)
+        return Attr(inode, st, st.st_size)
+
+    def _attr_open(self, inode: Inode, file: FileNode) -> Attr:
+        st = self.ctx.store.fstat(file.state.data_fd)
+        size = file.size if file.journal.loaded else max(0, st.st_size - HEADER_BYTES)
+        return Attr(inode, st, size)
+
+    async def setattr(self, inode: Inode, want: Changes) -> Attr:
+        """Change attributes, size first. Raises OSError and what `FileNode.truncate` raises."""
+        store = self.ctx.store
+        if want.size is not None:
+            await self._set_size(inode, want.size)
+        if inode.file is not None:
+            fd = inode.file.state.data_fd
+            inode.file.state.meta_unsynced = True
+            where, name = fd, b""
+        elif inode.kind == Kind.DIR:
+            where, name = (await self.inodes.dir(inode)).fd, b""
+        else:
+            parent, name = inode.place()
+            where = (await self.inodes.dir(parent)).fd
+        if want.uid is not None or want.gid is not None:
+            uid, gid = -1 if want.uid is None else want.uid, -1 if want.gid is None else want.gid
+            if name:
+                store.chown(where, name, uid, gid)
+            else:
+                store.fchown(where, uid, gid)
+        if want.mode is not None:
+            if name:
+                store.chmod(where, name, stat.S_IMODE(want.mode))
+            else:
+                store.fchmod(where, stat.S_IMODE(want.mode))
+        if want.atime_ns is not None or want.mtime_ns is not None:
+            now = store.lstat(where, name) if name else store.fstat(where)
+            atime_ns = now.st_atime_ns if want.atime_ns is None else want.atime_ns
+            mtime_ns = now.st_mtime_ns if want.mtime_ns is None else want.mtime_ns
+            if name:
+                store.utimens(where, name, atime_ns, mtime_ns)
+            else:
+                store.futimens(where, atime_ns, mtime_ns)
+        return await self.attr(inode)
+
+    async def _set_size(self, inode: Inode, size: int) -> None:
+        if inode.kind != Kind.FILE:
+            code = errno.EISDIR if inode.kind == Kind.DIR else errno.EINVAL
+            raise OSError(code, os.strerror(code))
+        file = await self.open(inode, writing=True)
+        try:
+            await file.truncate(size)
+        finally:
+            await self.release(inode)
+
+    async def readlink(self, inode: Inode) -> bytes:
+        """A symlink's target."""
+        return await read_target(self.ctx, inode.log_id)
+
+    # open files ------------------------------------------------------------------------------------------------
+
+    async def open(self, inode: Inode, *, writing: bool = False) -> FileNode:
+        """Open a regular file once more; pair with `release`. Nothing but the data file is touched before it is used."""
+        file = inode.file
+        if file is None:
+            parent, name = inode.place()
+            node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
+            file = inode.file
+            if file is None:
+                fd, writable = self._open_data(node.fd, name)
+                st = self.ctx.store.fstat(fd)
+                if st.st_ino != inode.ino or not stat.S_ISREG(st.st_mode):
+                    self.ctx.store.close(fd)
+                    raise Damaged("exchanged", "another file lies under this name")
+                file = self._node(inode, fd, writable=writable)
+        if writing and not file.state.writable:
+            raise OSError(errno.EROFS if self.ctx.read_only else errno.EACCES, "not writable below")
+        file.opens += 1
+        return file
+
+    def _open_data(self, dir_fd: int, name: bytes) -> tuple[int, bool]:
+        """(descriptor, writable). A file its owner may not open is opened all the same: the kernel checked the caller."""
+        store = self.ctx.store
+        if self.ctx.read_only:
+            return store.open(dir_fd, name, os.O_RDONLY), False
+        try:
+            return store.open(dir_fd, name, os.O_RDWR), True
+        except PermissionError:
+            mode = stat.S_IMODE(store.lstat(dir_fd, name).st_mode)
+            store.chmod(dir_fd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
+            try:
+                return store.open(dir_fd, name, os.O_RDWR), True
+            finally:
+                store.chmod(dir_fd, name, mode)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.ETXTBSY):
+                raise
+            return store.open(dir_fd, name, os.O_RDONLY), False
+
+    def created(self, inode: Inode, fd: int, kit: Kit) -> FileNode:
+        """The node of a file that was made just now, opened once."""
+        file = self._node(inode, fd, writable=True)
+        file.use_stock(kit)
+        file.journal.begin(kit.kek_version, kit.log_wrapped)
+        file.opens = 1
+        return file
+
+    def _node(self, inode: Inode, fd: int, *, writable: bool) -> FileNode:
+        state = FileState(self.ctx, inode.ino, inode.log_id, fd, writable=writable)
+
+        async def sync_entry() -> None:
+            await self.sync_entry(inode)
+
+        journal = Journal(self.ctx, state, sync_entry)
+        journal.entry_durable = inode.log_id not in self.new_ids
+        inode.file = FileNode(self.ctx, state, journal)
+        return inode.file
+
+    async def release(self, inode: Inode) -> None:
+        """One opening less; the last one appends what no frame says yet and lets the descriptors go. Never raises OSError."""
+        file = inode.file
+        assert file is not None
+        file.opens -= 1
+        if file.opens == 0:
+            await self._wind_up(inode, file)
+
+    async def _wind_up(self, inode: Inode, file: FileNode) -> None:
+        journal = file.journal
+        if not file.unlinked and journal.loaded:
+            await file.state.lock.acquire_exclusive()
+            try:
+                await journal.commit()
+            except (OSError, CryptfsError) as error:
+                # What was written is still in memory and in its homes; the settling task tries again.
+                log.error("inode %d: frame not written, will retry: %s", inode.ino, error)
+                self.unsettled.add(inode)
+                return
+            finally:
+                file.state.lock.release_exclusive()
+        if file.opens or inode.file is not file:
+            return
+        if not file.unlinked and journal.needs_settling:
+            self.unsettled.add(inode)
+            return
+        self.unsettled.discard(inode)
+        if journal.loaded:
+            inode.settled = True
+        inode.file = None
+        journal.close()
+        file.state.close()
+        if file.unlinked:
+            self.reaper.add_id(inode.log_id)
+        self.inodes.release(inode)
+
+    # durability ------------------------------------------------------------------------------------------------
+
+    async def sync_entry(self, inode: Inode) -> None:
+        """Make the way to a new file durable: its directory, and those above that are new themselves."""
+        self.new_ids.discard(inode.log_id)
+        try:
+            if inode.paths:
+                await self.sync_dirs(inode.paths[-1][0])
+        except BaseException:
+            self.new_ids.add(inode.log_id)
+            raise
+
+    async def sync_dirs(self, inode: Inode) -> None:
+        """Make a directory durable, and those above it as far as they are new. Raises OSError."""
+        here: Inode | None = inode
+        while here is not None:
+            node = await self.inodes.dir(here)
+            node.pins += 1
+            try:
+                await node.sync()
+                await self._sync_targets(node)
+            finally:
+                node.pins -= 1
+            was_new = here.log_id in self.new_ids
+            self.new_ids.discard(here.log_id)
+            here = here.paths[-1][0] if was_new and here.paths else None
+
+    async def _sync_targets(self, node: DirNode) -> None:
+        """Sidecars of new symlinks in a directory: their targets are part of the entry."""
+        if len(self.new_ids) == 0:
+            return
+        new = [e for e in node.entries.values() if e.kind == Kind.SYMLINK and e.log_id in self.new_ids]
+        if new:
+            await self.ctx.in_thread(self.ctx.store.syncfs, self.ctx.store.root())
+            self.new_ids.difference_update(e.log_id for e in new)
+
+    async def settle(self) -> None:
+        """Sync what waits for it and close what nobody needs. Errors are logged; it is tried again."""
+        for inode in list(self.unsettled):
+            file = inode.file
+            if file is None:
+                self.unsettled.discard(inode)
+                continue
+            try:
+                await file.journal.fsync(data_only=True)
+                await file.journal.compact()
+            except (OSError, CryptfsError) as error:
+                log.error("inode %d: not settled: %s", inode.ino, error)
+                continue
+            if file.opens == 0:
+                await self._wind_up(inode, file)
+        for node in self.inodes.open_dirs():
+            if not node.pins and node.lock.idle:
+                try:
+                    await node.compact()
+                except (OSError, CryptfsError) as error:
+                    log.error("directory inode %d: log not compacted: %s", node.ino, error)
+        if len(self.new_ids) > _NEW_MAX:
+            before = set(self.new_ids)
+            await self.ctx.in_thread(self.ctx.store.syncfs, self.ctx.store.root())
+            self.new_ids -= before
+
+    async def serve(self) -> None:
+        """Settle now and then, for ever."""
+        while True:
+            await trio.sleep(_SETTLE_INTERVAL_S)
+            await self.settle()
+
+    async def commit_all(self) -> bool:
+        """Append every frame that is owed; False if one could not be."""
+        good = True
+        for file in self.inodes.open_files():
+            if file.unlinked or not file.journal.loaded:
+                continue
+            await file.state.lock.acquire_exclusive()
+            try:
+                await file.journal.commit()
+            except (OSError, CryptfsError) as error:
+                log.error("inode %d: frame not written: %s", file.state.ino, error)
+                good = False
+            finally:
+                file.state.lock.release_exclusive()
+        for node in self.inodes.open_dirs():
+            try:
+                await node.flush()
+            except (OSError, CryptfsError) as error:
+                log.error("directory inode %d: frame not written: %s", node.ino, error)
+                good = False
+        return good
+
+
+def kind_of(st: os.stat_result) -> Kind:
+    """What an `lstat` says an entry is."""
+    return KIND_OF_MODE[stat.S_IFMT(st.st_mode)]

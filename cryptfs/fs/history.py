@@ -1,0 +1,40 @@
+"""The block map that a sidecar's frames add up to."""
+
+from __future__ import annotations
+
+from cryptfs.blocks.extents import DURABLE, Extent, ExtentMap
+from cryptfs.errors import Damaged
+from cryptfs.format.sidecar import decode_sidecar
+from cryptfs.fs.sealed_log import Replay
+
+POISON = 9
+"""Home of blocks whose record is lost with a damaged frame: reading them is an error until they are written anew."""
+
+
+def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, int]:
+    """(block map, size) after the first `keep` frames. A frame whose payload is lost poisons the blocks it names."""
+    blocks = ExtentMap(block_size)
+    size = 0
+    for head, payload in zip(replayed.heads[:keep], replayed.payloads[:keep], strict=True):
+        last = -(-head.size // block_size)
+        if head.size < size:
+            blocks.remove(last, max(last, -(-size // block_size)))
+        size = head.size
+        decoded = None
+        if payload is not None:
+            decoded = decode_sidecar(payload, block_size)
+            for first, count in decoded.holes:
+                blocks.remove(first, first + count)
+            for run in decoded.runs:
+                end = run.first + run.count
+                if end > last or (end - 1) * block_size + run.last_len > size:
+                    raise Damaged("payload", "a record past the end of the file")
+                blocks.remove(run.first, end)
+                blocks.insert(
+                    Extent(run.first, end, run.version, run.last_len, run.home, run.kek_version, run.wrapped, run.tags,
+                           DURABLE, head.generation)  # fmt: skip
+                )
+        elif head.first < head.end:
+            blocks.remove(head.first, head.end)
+            blocks.insert(Extent(head.first, head.end, 0, block_size, POISON, 0, b"", b"", DURABLE, head.generation))
+    return blocks, size

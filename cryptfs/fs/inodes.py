@@ -1,0 +1,232 @@
+"""What the kernel may ask about by number: inodes, the directories and files behind them, and how long each is kept.
+
+An inode is its number in `tree/` (so that numbers survive a remount) and a way to it: its directory and name there. Descriptors
+are held for open files, and for a bounded number of directories, never for every inode the kernel has cached.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+
+from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.directory import DirNode
+from cryptfs.fs.file import FileNode
+from cryptfs.fs.reconcile import reconcile
+from cryptfs.types import Kind
+
+ROOT_INO = 1
+"""FUSE's number for the root; no file system gives it to an entry of a directory in use."""
+
+_DIRS_MAX = 256
+
+
+class Inode:
+    """One object of the tree. `paths`: the (directory, name in `tree/`) pairs known for it, the best one last.
+
+    `last_st`: its attributes when its last name went, while the kernel still knows it.
+    """
+
+    __slots__ = ("children", "file", "generation", "ino", "kind", "last_st", "log_id", "lookups", "paths", "settled")
+
+    def __init__(self, ino: int, kind: Kind, log_id: bytes, generation: int) -> None:
+        self.ino = ino
+        self.kind = kind
+        self.log_id = log_id
+        self.generation = generation
+        self.lookups = 0
+        self.children = 0
+        self.paths: list[tuple[Inode, bytes]] = []
+        self.file: FileNode | None = None
+        self.last_st: os.stat_result | None = None
+        self.settled = False
+
+    def place(self) -> tuple[Inode, bytes]:
+        """(directory, name in `tree/`). Raises ESTALE if it has no name any more."""
+        if not self.paths:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return self.paths[-1]
+
+    def add_path(self, parent: Inode, name: bytes) -> None:
+        """A name was seen or made."""
+        pair = (parent, name)
+        if self.paths and self.paths[-1] == pair:
+            return
+        if pair in self.paths:
+            self.paths.remove(pair)
+        else:
+            parent.children += 1
+        self.paths.append(pair)
+
+    def drop_path(self, parent: Inode, name: bytes) -> None:
+        """A name is gone."""
+        pair = (parent, name)
+        if pair in self.paths:
+            self.paths.remove(pair)
+            parent.children -= 1
+
+
+class InodeTable:
+    """All inodes the kernel knows or something here needs, and the open directories."""
+
+    def __init__(self, ctx: FsContext) -> None:
+        self.ctx = ctx
+        self._inodes: dict[int, Inode] = {}
+        self._dirs: OrderedDict[int, DirNode] = OrderedDict()
+        self._generation = 0
+        self.root = Inode(ROOT_INO, Kind.DIR, ctx.config.root_dir_id, 0)
+        self.root.lookups = 1
+        self._inodes[ROOT_INO] = self.root
+
+    def __len__(self) -> int:
+        return len(self._inodes)
+
+    def get(self, ino: int) -> Inode:
+        """The inode the kernel names. Raises ESTALE."""
+        try:
+            return self._inodes[ino]
+        except KeyError:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+
+    def find(self, ino: int) -> Inode | None:
+        """The inode of this number, if it is known."""
+        return self._inodes.get(ino)
+
+    def meet(self, ino: int, kind: Kind, log_id: bytes, parent: Inode, name: bytes) -> Inode:
+        """The inode for an entry just found or made. A number used again for another object gets a new generation."""
+        inode = self._inodes.get(ino)
+        if inode is None or inode.log_id != log_id or inode.kind != kind:
+            self._generation += 1
+            fresh = Inode(ino, kind, log_id, self._generation)
+            if inode is not None:
+                # The number was freed below and given out again; the kernel counts its references by number.
+                fresh.lookups = inode.lookups
+                self._unlink_all(inode)
+                stale = self._dirs.pop(ino, None)
+                if stale is not None:
+                    stale.close()
+            inode = self._inodes[ino] = fresh
+        inode.add_path(parent, name)
+        return inode
+
+    def forget(self, ino: int, count: int) -> None:
+        """The kernel dropped `count` references."""
+        inode = self._inodes.get(ino)
+        if inode is not None:
+            inode.lookups -= count
+            self.release(inode)
+
+    def release(self, inode: Inode) -> None:
+        """Drop an inode nobody needs: not the kernel, no open file, no child's path."""
+        while inode is not self.root and inode.lookups <= 0 and inode.children == 0 and inode.file is None:
+            if self._inodes.get(inode.ino) is inode:
+                del self._inodes[inode.ino]
+                # A directory the kernel let go of is cheap to open again and costs two descriptors meanwhile.
+                node = self._dirs.get(inode.ino)
+                if node is not None and not node.pins and not node.has_pending:
+                    del self._dirs[inode.ino]
+                    node.close()
+            parents = [parent for parent, _ in inode.paths]
+            self._unlink_all(inode)
+            if len(parents) != 1:
+                for parent in parents:
+                    self.release(parent)
+                return
+            inode = parents[0]
+
+    @staticmethod
+    def _unlink_all(inode: Inode) -> None:
+        for parent, _ in inode.paths:
+            parent.children -= 1
+        inode.paths = []
+
+    # directories -----------------------------------------------------------------------------------------------
+
+    def dir_nowait(self, inode: Inode) -> DirNode | None:
+        """The open directory, if it is open and nothing has to be awaited."""
+        node = self._dirs.get(inode.ino)
+        if node is not None:
+            self._dirs.move_to_end(inode.ino)
+        return node
+
+    async def dir(self, inode: Inode) -> DirNode:
+        """The directory behind an inode, opened and verified. Raises ENOTDIR, ESTALE, `Damaged`, key errors.
+
+        Whoever awaits anything while using it pins it.
+        """
+        node = self.dir_nowait(inode)
+        if node is not None:
+            return node
+        if inode.kind != Kind.DIR:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        if inode is self.root:
+            fd = self.ctx.store.open(self.ctx.store.root(), b"tree", flags)
+        else:
+            parent, name = inode.place()
+            above = await self.dir(parent)
+            fd = self.ctx.store.open(above.fd, name, flags)
+        try:
+            node = await self._open_dir(inode, fd)
+        except BaseException:
+            self.ctx.store.close(fd)
+            raise
+        other = self._dirs.get(inode.ino)
+        if other is not None:
+            # Opened by someone else while this task waited for the keys.
+            node.close()
+            return other
+        self._dirs[inode.ino] = node
+        self._trim(node)
+        return node
+
+    async def _open_dir(self, inode: Inode, fd: int) -> DirNode:
+        node = await DirNode.open(self.ctx, inode.ino, fd, inode.log_id)
+        try:
+            if node.needs_reconciling:
+                await reconcile(node)
+        except BaseException:
+            node.close_log()
+            raise
+        return node
+
+    def _trim(self, keep: DirNode) -> None:
+        over = len(self._dirs) - _DIRS_MAX
+        if over <= 0:
+            return
+        for ino, node in list(self._dirs.items()):
+            if over <= 0:
+                return
+            if node is not keep and not node.pins and node.lock.idle and not node.has_pending:
+                del self._dirs[ino]
+                node.close()
+                over -= 1
+
+    def adopt_dir(self, inode: Inode, node: DirNode) -> None:
+        """A directory that was just made."""
+        node.ino = inode.ino
+        stale = self._dirs.pop(inode.ino, None)
+        if stale is not None:
+            stale.close()
+        self._dirs[inode.ino] = node
+        self._trim(node)
+
+    def open_dirs(self) -> list[DirNode]:
+        """All open directories."""
+        return list(self._dirs.values())
+
+    def open_files(self) -> list[FileNode]:
+        """All files somebody has open or that are not settled."""
+        return [inode.file for inode in self._inodes.values() if inode.file is not None]
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for node in self._dirs.values():
+            node.close()
+        self._dirs.clear()
+        for file in self.open_files():
+            log.debug("inode %d closed with the volume", file.state.ino)
+            file.journal.close()
+            file.state.close()
+        self._inodes.clear()

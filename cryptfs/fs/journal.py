@@ -1,0 +1,313 @@
+"""Making a file durable, and finding it again: its sidecar's frames, fsync, opening, and what a crash left.
+
+fsync: one frame appended, then data, twin and log synced at the same time. Only if all of that returned 0 do the new
+versions count as durable; only then is the data file cut, and only the next frame says so (`durable_up_to`).
+
+A crash before the frame: the file as of the frame before. Between frame and syncs: any of them may be missing, and
+the frame is above `durable_up_to`, so `recovery` falls back to the longest prefix that authenticates; the versions it needs are all still in place because
+writers never touch the home of a durable version. After the syncs: the new state, whatever `durable_up_to` says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from cryptfs.blocks.extents import LOGGED, ExtentMap
+from cryptfs.errors import Damaged
+from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
+from cryptfs.format.log import KIND_FILE, LogHeader
+from cryptfs.format.sidecar import SidecarPayload
+from cryptfs.fs.context import FsContext, sidecar_name, twin_name
+from cryptfs.fs.history import POISON, build_map
+from cryptfs.fs.recovery import recover, restart_newborn
+from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, header_of, read_log, replay
+from cryptfs.fs.state import FileState
+from cryptfs.ports import KeyRun
+from cryptfs.types import Purpose, epoch_of
+
+_COMPACT_MIN_BYTES = 64 * 1024
+
+
+class Journal:
+    """The sidecar of one file. `sync_entry` makes the file's directory entry durable, if it is not yet."""
+
+    def __init__(self, ctx: FsContext, state: FileState, sync_entry: Callable[[], Awaitable[None]]) -> None:
+        self.ctx = ctx
+        self.state = state
+        self.sync_entry = sync_entry
+        self.loaded = False
+        self.log: SealedLog | None = None
+        self.log_wrapped = b""
+        self.kek_version = 0
+        self.holes: list[tuple[int, int]] = []
+        self.durable_gen = 0
+        self.entry_durable = False
+        self._framed_size: int | None = None
+        self._framed_durable = 0
+        self._last_gen = 0
+        self._sidecar_new = False
+        self._syncing = trio.Lock()
+        self._sync_error: OSError | None = None
+
+    # a file that was created just now --------------------------------------------------------------------------
+
+    def begin(self, kek_version: int, log_wrapped: bytes) -> None:
+        """A new, empty file: its sidecar appears with its first frame."""
+        self.kek_version = kek_version
+        self.log_wrapped = log_wrapped
+        self.loaded = True
+        self.state.acked = False
+        self.state.twin_unsynced = False
+
+    # frames ----------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_frame(self) -> bool:
+        """Something changed that no frame says yet; also a new file's emptiness."""
+        return self.loaded and (
+            self._framed_size != self.state.size or bool(self.holes) or bool(self.state.blocks.fresh())
+        )
+
+    @property
+    def needs_settling(self) -> bool:
+        """Acknowledged versions are kept aside, or a cut waits: only a sync lets go of them."""
+        return self.loaded and (len(self.state.displaced) > 0 or self.state.cut_pending)
+
+    async def log_key(self) -> memoryview:
+        """The log's MAC key; good until the next await."""
+        key = self.ctx.keys.peek(self.log_wrapped)
+        if key is not None:
+            return key
+        run = KeyRun(self.state.file_id, Purpose.LOG_FILE, self.kek_version, (self.log_wrapped,))
+        return (await self.ctx.keys.unwrap([run]))[0][0]
+
+    async def commit(self) -> None:
+        """Append a frame for whatever no frame says yet. Not durable. The caller holds the file's lock alone."""
+        if self.needs_frame or (self.log is not None and self._framed_durable < self.durable_gen):
+            self._append(await self.log_key())
+
+    def _append(self, key: memoryview) -> None:
+        state, ctx = self.state, self.ctx
+        fresh = state.blocks.fresh()
+        payload = SidecarPayload(tuple(e.run() for e in fresh), tuple(self.holes))
+        generation = ctx.next_generation()
+        frame = Frame(generation, self.durable_gen, state.size, payload.encode(), payload.extent())
+        if self.log is None:
+            header = LogHeader(KIND_FILE, self.kek_version, state.file_id, self.log_wrapped)
+            where = ctx.sidecar_dir(state.file_id)
+            self.log = SealedLog.create(ctx.store, where, sidecar_name(state.file_id), header, key, frame)
+            self._sidecar_new = True
+        else:
+            self.log.append(ctx.store, key, frame)
+        for extent in fresh:
+            extent.stage = LOGGED
+            extent.generation = generation
+        self.holes.clear()
+        self._framed_size = state.size
+        self._framed_durable = self.durable_gen
+        self._last_gen = generation
+
+    # fsync -----------------------------------------------------------------------------------------------------
+
+    async def fsync(self, *, data_only: bool = False) -> None:
+        """Return once everything written before the call is durable. Raises OSError, and keeps raising it after a failed sync."""
+        async with self._syncing:
+            if self._sync_error is not None:
+                # The kernel may have dropped what it could not write: a later success would be a lie.
+                raise OSError(self._sync_error.errno, os.strerror(self._sync_error.errno or 0))
+            lock = self.state.lock
+            await lock.acquire_exclusive()
+            try:
+                if self.needs_frame:
+                    self._append(await self.log_key())
+            except BaseException:
+                lock.release_exclusive()
+                raise
+            # Readers may go on. Writers wait: a block may not be overwritten in its home while that is being synced.
+            lock.downgrade()
+            try:
+                await self._sync(data_only=data_only)
+                if self.loaded:
+                    self._settled()
+            finally:
+                lock.release_shared()
+
+    async def _sync(self, *, data_only: bool) -> None:
+        state, store = self.state, self.ctx.store
+        calls: list[tuple[Callable[[int], None], int]] = []
+        if state.data_unsynced or (state.meta_unsynced and not data_only):
+            calls.append((store.fdatasync if data_only else store.fsync, state.data_fd))
+        if state.twin_fd is not None and state.twin_unsynced:
+            calls.append((store.fdatasync, state.twin_fd))
+        if self.log is not None and self.log.unsynced:
+            calls.append((store.fdatasync, self.log.fd))
+        if self._sidecar_new or state.twin_new:
+            calls.append((store.fsync, self.ctx.sidecar_dir(state.file_id)))
+        try:
+            if len(calls) == 1:
+                await self.ctx.in_thread(*calls[0])
+            elif calls:
+                async with trio.open_nursery(strict_exception_groups=False) as nursery:
+                    for call in calls:
+                        nursery.start_soon(self.ctx.in_thread, *call)
+            if not self.entry_durable:
+                await self.sync_entry()
+        except OSError as error:
+            self._sync_error = error
+            raise
+        self.entry_durable = True
+        state.data_unsynced = state.twin_unsynced = state.twin_new = self._sidecar_new = False
+        if not data_only:
+            state.meta_unsynced = False
+        if self.log is not None:
+            self.log.unsynced = False
+
+    def _settled(self) -> None:
+        """All of the file is durable as it is now; what stood aside is dead."""
+        self.durable_gen = self._last_gen
+        self.state.acked = True
+        self.state.blocks.settle()
+        self.state.displaced = ExtentMap(self.ctx.config.block_size)
+        self.cut()
+
+    def cut(self) -> None:
+        """Shorten the data file to the file's size; not before that size is durable, unless nothing of the file is."""
+        state, store = self.state, self.ctx.store
+        if not state.cut_pending:
+            return
+        before = store.fstat(state.data_fd)
+        store.ftruncate(state.data_fd, HEADER_BYTES + state.size)
+        store.futimens(state.data_fd, before.st_atime_ns, before.st_mtime_ns)
+        state.data_len = state.size
+        state.data_unsynced = True
+
+    def settle_frame(self, key: memoryview) -> None:
+        """A frame of this epoch that says what the file is now, so that the next opening need not ask again."""
+        self._append(key)
+
+    async def compact(self) -> None:
+        """Rewrite the log as one snapshot if most of it is dead. Only right after an fsync, nothing written since."""
+        state, ctx = self.state, self.ctx
+        if self.log is None or self.log.end < _COMPACT_MIN_BYTES + 2 * self.log.live_from:
+            return
+        await state.lock.acquire_exclusive()
+        try:
+            live = 56 * sum(e.end - e.first for e in state.blocks) + 32 * len(state.blocks)
+            if self.needs_frame or state.blocks.unsettled() or self.log.end < _COMPACT_MIN_BYTES + 2 * live:
+                return
+            if any(e.home == POISON for e in state.blocks):
+                return
+            payload = SidecarPayload(tuple(e.run() for e in state.blocks))
+            generation = ctx.next_generation()
+            frame = Frame(generation, self.durable_gen, state.size, payload.encode(), payload.extent())
+            where = ctx.sidecar_dir(state.file_id)
+            # The key is copied for the thread, which may outlive its time in the cache by one disk write.
+            key = bytearray(await self.log_key())
+            try:
+                self.log = await ctx.in_thread(
+                    self.log.rewrite, ctx.store, where, sidecar_name(state.file_id), key, self.log.header, frame
+                )
+            finally:
+                key[:] = bytes(len(key))
+            self._last_gen = self.durable_gen = generation
+        finally:
+            state.lock.release_exclusive()
+
+    # opening ---------------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Find out what the file is: header, sidecar, block map. Raises `Damaged`, OSError, key errors; may be tried again."""
+        await self.state.lock.acquire_exclusive()
+        try:
+            if not self.loaded:
+                await self._load()
+        finally:
+            self.state.lock.release_exclusive()
+
+    async def _load(self) -> None:
+        ctx, state, store = self.ctx, self.state, self.ctx.store
+        raw_header = store.pread(state.data_fd, HEADER_BYTES, 0)
+        data_size = store.fstat(state.data_fd).st_size
+        born = 0
+        if raw_header or not ctx.crashed_before:
+            header = decode_data_header(raw_header)
+            if header.file_id != state.file_id:
+                raise Damaged("id-mismatch", "the data file is another file's")
+            born = header.born
+        where, name = ctx.sidecar_dir(state.file_id), sidecar_name(state.file_id)
+        mode = os.O_RDWR if state.writable else os.O_RDONLY
+        try:
+            fd = store.open(where, name, mode)
+        except FileNotFoundError:
+            await self._load_newborn(born, data_size, raw_header)
+            return
+        try:
+            raw = await ctx.in_thread(read_log, store, fd) if data_size > 1 << 30 else read_log(store, fd)
+            log_header = header_of(raw)
+            if log_header.kind != KIND_FILE or log_header.log_id != state.file_id:
+                raise Damaged("id-mismatch", "the sidecar is another file's")
+            self.log_wrapped, self.kek_version = log_header.log_wrapped, log_header.kek_version
+            replayed = replay(raw, log_header, await self.log_key())
+            await self._adopt(fd, replayed, data_size, born)
+        except BaseException:
+            if self.log is None or self.log.fd != fd:
+                store.close(fd)
+            raise
+
+    async def _load_newborn(self, born: int, data_size: int, raw_header: bytes) -> None:
+        """No sidecar: a creation that a crash cut short, or damage."""
+        if raw_header:
+            header = decode_data_header(raw_header)
+            self.ctx.check_header(await self.ctx.volume_key(), header)
+        if not (self.ctx.forgives(born) if raw_header else self.ctx.crashed_before):
+            raise Damaged("missing-sidecar")
+        await restart_newborn(self, data_size)
+
+    async def _adopt(self, fd: int, replayed: Replay, data_size: int, born: int) -> None:
+        ctx, state = self.ctx, self.state
+        self._open_twin()
+        last = replayed.heads[-1].generation if replayed.heads else born
+        if ctx.state is not None and epoch_of(last) < ctx.state.epoch and ctx.crashed_since(last):
+            await recover(self, fd, replayed, data_size)
+            return
+        if not replayed.heads:
+            raise Damaged("frame", "no intact frame")
+        if replayed.tail:
+            raise Damaged("frame", f"{replayed.tail} bytes after the last intact frame")
+        blocks, size = build_map(replayed, len(replayed.heads), ctx.config.block_size)
+        if data_size != HEADER_BYTES + size:
+            raise Damaged("size", f"data file of {data_size} bytes, {HEADER_BYTES + size} expected")
+        self.adopt(fd, replayed, len(replayed.heads), blocks, size)
+        state.data_len = size
+
+    def adopt(self, fd: int, replayed: Replay, keep: int, blocks: ExtentMap, size: int) -> None:
+        """Take the first `keep` frames (at least one) of a replayed log as what the file is."""
+        ctx, state = self.ctx, self.state
+        state.blocks = blocks
+        state.size = self._framed_size = size
+        self.log = SealedLog.resume(fd, replayed, keep)
+        # What an earlier incarnation of this opening appended may still be unsynced.
+        self.log.unsynced = True
+        self._last_gen = replayed.heads[keep - 1].generation
+        self._framed_durable = max(head.durable_up_to for head in replayed.heads[:keep])
+        # Mounting synced the whole file system: frames of earlier epochs are durable.
+        old = [h.generation for h in replayed.heads[:keep] if ctx.state and epoch_of(h.generation) < ctx.state.epoch]
+        self.durable_gen = max([self._framed_durable, *old])
+        self.loaded = True
+
+    def _open_twin(self) -> None:
+        state, store = self.state, self.ctx.store
+        mode = os.O_RDWR if state.writable else os.O_RDONLY
+        try:
+            state.twin_fd = store.open(self.ctx.sidecar_dir(state.file_id), twin_name(state.file_id), mode)
+        except FileNotFoundError:
+            state.twin_fd = None
+
+    def close(self) -> None:
+        """Close the log's descriptor."""
+        if self.log is not None:
+            self.ctx.store.close(self.log.fd)
+            self.log = None

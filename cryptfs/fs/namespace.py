@@ -1,0 +1,596 @@
+"""Names: looking up, listing, making, removing, renaming, linking.
+
+Every change is: all awaits first (directories open, keys at hand), then one stretch without an await: frame, call on the tree, memory. So other
+requests see it whole or not at all, and a crash leaves what `directory` and `reconcile` know how to settle. The exceptions (a sync before a long name or before something
+acknowledged enters a new directory) happen before the frame, under the directories' locks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cryptfs.errors import Damaged
+from cryptfs.format.datafile import DataHeader
+from cryptfs.format.dirlog import Entry
+from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.directory import DirNode
+from cryptfs.fs.file import FileNode
+from cryptfs.fs.files import Attr, Files, kind_of
+from cryptfs.fs.inodes import Inode, InodeTable
+from cryptfs.fs.reaper import Reaper
+from cryptfs.fs.symlink import TARGET_MAX_BYTES, encode_target_text, write_target
+from cryptfs.names import NAME_MAX_BYTES, is_long, tree_name
+from cryptfs.types import ID_BYTES, Kind
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who a new object belongs to."""
+
+    uid: int
+    gid: int
+
+
+def os_error(code: int) -> OSError:
+    """An OSError as the kernel would say it."""
+    return OSError(code, os.strerror(code))
+
+
+class Namespace:
+    """The tree of one volume."""
+
+    def __init__(self, ctx: FsContext, inodes: InodeTable, files: Files, reaper: Reaper) -> None:
+        self.ctx = ctx
+        self.inodes = inodes
+        self.files = files
+        self.reaper = reaper
+        self._own = Owner(os.geteuid(), os.getegid())
+
+    # looking ---------------------------------------------------------------------------------------------------
+
+    async def lookup(self, parent: Inode, name: bytes) -> Attr:
+        """The entry of that name. Raises ENOENT, `Damaged`, key errors."""
+        _check_name(name)
+        node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
+        names = node.names_nowait() or (await node.keys()).names
+        entry = node.entries.get(names.seal(name))
+        if entry is None:
+            raise os_error(errno.ENOENT)
+        return await self._look(parent, node, entry)
+
+    async def _look(self, parent: Inode, node: DirNode, entry: Entry) -> Attr:
+        name = tree_name(entry.sealed)
+        try:
+            st = self.ctx.store.lstat(node.fd, name)
+        except FileNotFoundError:
+            if node.lock.idle:
+                raise Damaged("missing", "an entry that .dir names is not in the tree") from None
+            # A change that had to sync first is under way: look again when it is done.
+            await node.lock.acquire_shared()
+            node.lock.release_shared()
+            if entry.sealed not in node.entries:
+                raise os_error(errno.ENOENT) from None
+            st = self.ctx.store.lstat(node.fd, name)
+        if kind_of(st) != entry.kind or (entry.rdev and entry.rdev != st.st_rdev):
+            raise Damaged("exchanged", "an entry is of another kind than .dir says")
+        inode = self.inodes.meet(st.st_ino, entry.kind, entry.log_id, parent, name)
+        inode.last_st = None
+        return await self.files.attr_of(inode, node, name, st)
+
+    async def listing(self, inode: Inode) -> list[Entry]:
+        """The directory's entries now, in a stable order: what one pass of readdir walks over."""
+        if inode.last_st is not None:
+            return []
+        return list((await self.inodes.dir(inode)).entries.values())
+
+    async def described(self, inode: Inode, entries: Sequence[Entry]) -> list[tuple[bytes, Attr | None] | None]:
+        """(name, attributes) of each entry; None for one that is gone by now, attributes None for one that is damaged."""
+        node = await self.inodes.dir(inode)
+        node.pins += 1
+        try:
+            out: list[tuple[bytes, Attr | None] | None] = []
+            for entry in entries:
+                if node.entries.get(entry.sealed) != entry:
+                    out.append(None)
+                    continue
+                names = node.names_nowait() or (await node.keys()).names
+                name = names.open(entry.sealed)
+                try:
+                    out.append((name, await self._look(inode, node, entry)))
+                except Damaged as error:
+                    self.report(inode.ino, error)
+                    out.append((name, None))
+            return out
+        finally:
+            node.pins -= 1
+
+    def report(self, ino: int, error: Damaged) -> None:
+        """One log line for damage."""
+        log.error("inode %d: %s", ino, error)
+
+    # making ----------------------------------------------------------------------------------------------------
+
+    async def create(self, parent: Inode, name: bytes, mode: int, owner: Owner) -> tuple[Attr, FileNode]:
+        """A new, empty regular file, opened once. Raises EEXIST and what the store raises."""
+        _check_name(name)
+        ctx, store = self.ctx, self.ctx.store
+        node = await self._changing(parent)
+        try:
+            kit = ctx.keys.take_kit() or await ctx.keys.make_kit(directory=False)
+            header = ctx.sign_header(await ctx.volume_key(), DataHeader(kit.log_id, ctx.next_generation()))
+            keys = await node.keys()
+            sealed = self._free_name(node, keys.names.seal(name))
+            entry, below = Entry(sealed, Kind.FILE, kit.log_id), tree_name(sealed)
+            node.apply(keys.log_key, [entry])
+            fd = -1
+            try:
+                fd = store.open(node.fd, below, os.O_RDWR | os.O_CREAT | os.O_EXCL, stat.S_IMODE(mode))
+                if store.pwrite(fd, header, 0) != len(header):
+                    raise os_error(errno.ENOSPC)
+                self._give_to(node, fd, b"", owner)
+                st = store.fstat(fd)
+            except BaseException:
+                if fd >= 0:
+                    store.close(fd)
+                    store.unlink(node.fd, below)
+                node.revert(keys.log_key, gone=[sealed])
+                raise
+            self.files.new_ids.add(kit.log_id)
+            inode = self.inodes.meet(st.st_ino, Kind.FILE, kit.log_id, parent, below)
+            inode.last_st = None
+            inode.settled = True
+            return Attr(inode, st, 0), self.files.created(inode, fd, kit)
+        finally:
+            self._changed(node)
+
+    async def mkdir(self, parent: Inode, name: bytes, mode: int, owner: Owner) -> Attr:
+        """A new directory, built in `tmp/` and renamed into place: nobody ever sees one without its log."""
+        _check_name(name)
+        ctx, store = self.ctx, self.ctx.store
+        node = await self._changing(parent)
+        try:
+            kit = await ctx.keys.make_kit(directory=True)
+            tmp, built = ctx.dir_fd(b"tmp"), kit.log_id.hex().encode()
+            store.mkdir(tmp, built)
+            fd = store.open(tmp, built, os.O_RDONLY | os.O_DIRECTORY)
+            made: DirNode | None = None
+            try:
+                made = DirNode.create(ctx, fd, kit)
+                self._give_to(node, fd, b"", owner)
+                keys = await node.keys()
+                sealed = self._free_name(node, keys.names.seal(name))
+                below = tree_name(sealed)
+                node.apply(keys.log_key, [Entry(sealed, Kind.DIR, kit.log_id)])
+                try:
+                    store.rename(tmp, built, node.fd, below, RENAME_NOREPLACE)
+                except BaseException:
+                    node.revert(keys.log_key, gone=[sealed])
+                    raise
+            except BaseException:
+                if made is not None:
+                    made.close()
+                else:
+                    store.close(fd)
+                self.reaper.add_dir(built)
+                raise
+            # After the rename: a directory its owner may not write could not be renamed.
+            inherit = store.fstat(node.fd).st_mode & stat.S_ISGID
+            store.fchmod(fd, stat.S_IMODE(mode) | inherit)
+            st = store.fstat(fd)
+            self.files.new_ids.add(kit.log_id)
+            inode = self.inodes.meet(st.st_ino, Kind.DIR, kit.log_id, parent, below)
+            inode.last_st = None
+            self.inodes.adopt_dir(inode, made)
+            return Attr(inode, st, st.st_size)
+        finally:
+            self._changed(node)
+
+    async def symlink(self, parent: Inode, name: bytes, target: bytes, owner: Owner) -> Attr:
+        """A symlink; its target is sealed in a sidecar first."""
+        _check_name(name)
+        if not target:
+            raise os_error(errno.ENOENT)
+        if len(target) > TARGET_MAX_BYTES:
+            raise os_error(errno.ENAMETOOLONG)
+        ctx = self.ctx
+        node = await self._changing(parent)
+        try:
+            kit = ctx.keys.take_kit() or await ctx.keys.make_kit(directory=False)
+            self._free_name(node, (await node.keys()).names.seal(name))
+            await write_target(ctx, kit, target)
+            text = encode_target_text(kit.log_id, len(target))
+            try:
+                attr = await self._make(
+                    parent, node, name, Kind.SYMLINK, kit.log_id, 0, owner, lambda n: ctx.store.symlink(text, node.fd, n)
+                )
+            except BaseException:
+                self.reaper.add_id(kit.log_id)
+                raise
+            self.files.new_ids.add(kit.log_id)
+            return Attr(attr.inode, attr.st, len(target))
+        finally:
+            self._changed(node)
+
+    async def mknod(self, parent: Inode, name: bytes, mode: int, rdev: int, owner: Owner) -> Attr:
+        """A fifo, socket or device; a regular file as `create` makes it."""
+        if stat.S_ISREG(mode) or stat.S_IFMT(mode) == 0:
+            attr, _ = await self.create(parent, name, mode, owner)
+            await self.files.release(attr.inode)
+            return await self.files.attr(attr.inode)
+        _check_name(name)
+        kinds = {stat.S_IFIFO: Kind.FIFO, stat.S_IFSOCK: Kind.SOCKET, stat.S_IFCHR: Kind.CHAR, stat.S_IFBLK: Kind.BLOCK}
+        kind = kinds.get(stat.S_IFMT(mode))
+        if kind is None:
+            raise os_error(errno.EINVAL)
+        rdev = rdev if kind in (Kind.CHAR, Kind.BLOCK) else 0
+        node = await self._changing(parent)
+        try:
+            return await self._make(
+                parent, node, name, kind, self.ctx.random(ID_BYTES), rdev, owner,
+                lambda n: self.ctx.store.mknod(node.fd, n, mode, rdev),
+            )  # fmt: skip
+        finally:
+            self._changed(node)
+
+    async def _make(
+        self, parent: Inode, node: DirNode, name: bytes, kind: Kind, log_id: bytes, rdev: int, owner: Owner,
+        call: Callable[[bytes], None],
+    ) -> Attr:  # fmt: skip
+        """Frame, `call` with the name in `tree/`, owner, inode."""
+        store = self.ctx.store
+        keys = await node.keys()
+        sealed = self._free_name(node, keys.names.seal(name))
+        below = tree_name(sealed)
+        node.apply(keys.log_key, [Entry(sealed, kind, log_id, rdev)])
+        made = False
+        try:
+            call(below)
+            made = True
+            self._give_to(node, node.fd, below, owner)
+            st = store.lstat(node.fd, below)
+        except BaseException:
+            if made:
+                store.unlink(node.fd, below)
+            node.revert(keys.log_key, gone=[sealed])
+            raise
+        inode = self.inodes.meet(st.st_ino, kind, log_id, parent, below)
+        inode.last_st = None
+        return Attr(inode, st, st.st_size)
+
+    async def link(self, inode: Inode, parent: Inode, name: bytes) -> Attr:
+        """One more name for a file, symlink or special file."""
+        _check_name(name)
+        if inode.kind == Kind.DIR:
+            raise os_error(errno.EPERM)
+        node = await self._changing(parent)
+        try:
+            above, below_old = inode.place()
+            source = await self.inodes.dir(above)
+            source.pins += 1
+            try:
+                await self._before_entering(node, inode.log_id, (await node.keys()).names.seal(name))
+                keys = await node.keys()
+                sealed = self._free_name(node, keys.names.seal(name))
+                below = tree_name(sealed)
+                old = next((e for e in source.entries.values() if tree_name(e.sealed) == below_old), None) \
+                    if inode.kind in (Kind.CHAR, Kind.BLOCK) else None  # fmt: skip
+                node.apply(keys.log_key, [Entry(sealed, inode.kind, inode.log_id, old.rdev if old else 0)])
+                await self._sync_long(node, sealed)
+                try:
+                    self.ctx.store.link(source.fd, below_old, node.fd, below)
+                except BaseException:
+                    node.revert((await node.keys()).log_key, gone=[sealed])
+                    raise
+            finally:
+                source.pins -= 1
+            inode.add_path(parent, below)
+            return await self.files.attr(inode)
+        finally:
+            self._changed(node)
+
+    # removing --------------------------------------------------------------------------------------------------
+
+    async def unlink(self, parent: Inode, name: bytes) -> None:
+        """Remove a name of anything but a directory."""
+        store = self.ctx.store
+        node = await self._changing(parent)
+        try:
+            keys = await node.keys()
+            entry = self._entry(node, keys.names.seal(name))
+            if entry.kind == Kind.DIR:
+                raise os_error(errno.EISDIR)
+            below = tree_name(entry.sealed)
+            st = store.lstat(node.fd, below)
+            node.apply(keys.log_key, gone=[entry.sealed])
+            try:
+                store.unlink(node.fd, below)
+            except BaseException:
+                node.revert(keys.log_key, [entry])
+                raise
+            self._name_gone(parent, below, entry, st)
+        finally:
+            self._changed(node)
+
+    async def rmdir(self, parent: Inode, name: bytes) -> None:
+        """Remove an empty directory: it moves to `tmp/` at once and is deleted later, when that is durable."""
+        node = await self._changing(parent)
+        try:
+            entry = self._entry(node, (await node.keys()).names.seal(name))
+            if entry.kind != Kind.DIR:
+                raise os_error(errno.ENOTDIR)
+            inode, child = await self._child(parent, node, entry)
+            await child.lock.acquire_exclusive()
+            try:
+                if child.entries:
+                    raise os_error(errno.ENOTEMPTY)
+                keys = await node.keys()
+                node.apply(keys.log_key, gone=[entry.sealed])
+                try:
+                    self._to_tmp(node, tree_name(entry.sealed), child)
+                except BaseException:
+                    node.revert(keys.log_key, [entry])
+                    raise
+                self._dir_gone(parent, tree_name(entry.sealed), inode, child)
+            finally:
+                child.lock.release_exclusive()
+        finally:
+            self._changed(node)
+
+    # renaming --------------------------------------------------------------------------------------------------
+
+    async def rename(self, old: Inode, old_name: bytes, new: Inode, new_name: bytes, flags: int = 0) -> None:
+        """renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE."""
+        _check_name(new_name)
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise os_error(errno.EINVAL)
+        nodes = await self._changing_both(old, new)
+        source, target = nodes
+        try:
+            src = self._entry(source, (await source.keys()).names.seal(old_name))
+            dst_sealed = (await target.keys()).names.seal(new_name)
+            dst = target.entries.get(dst_sealed)
+            if flags == RENAME_NOREPLACE and dst is not None:
+                raise os_error(errno.EEXIST)
+            if flags == RENAME_EXCHANGE:
+                if dst is None:
+                    raise os_error(errno.ENOENT)
+                await self._before_entering(source, dst.log_id, src.sealed)
+            await self._before_entering(target, src.log_id, dst_sealed)
+            replaced: tuple[Inode, DirNode] | None = None
+            if dst is not None and flags != RENAME_EXCHANGE:
+                replaced = await self._may_replace(new, target, src, dst)
+            await self._rename(old, new, source, target, src, dst, dst_sealed, flags, replaced)
+        finally:
+            self._changed(source)
+            if target is not source:
+                self._changed(target)
+
+    async def _may_replace(self, new: Inode, target: DirNode, src: Entry, dst: Entry) -> tuple[Inode, DirNode] | None:
+        """Check that `src` may take `dst`'s name; for directories, the one that goes, which must be empty."""
+        if dst.kind != Kind.DIR:
+            if src.kind == Kind.DIR:
+                raise os_error(errno.ENOTDIR)
+            return None
+        if src.kind != Kind.DIR:
+            raise os_error(errno.EISDIR)
+        inode, child = await self._child(new, target, dst)
+        if child.entries:
+            raise os_error(errno.ENOTEMPTY)
+        return inode, child
+
+    async def _rename(
+        self, old: Inode, new: Inode, source: DirNode, target: DirNode, src: Entry, dst: Entry | None,
+        dst_sealed: bytes, flags: int, replaced: tuple[Inode, DirNode] | None,
+    ) -> None:  # fmt: skip
+        store = self.ctx.store
+        src_below, dst_below = tree_name(src.sealed), tree_name(dst_sealed)
+        moved = Entry(dst_sealed, src.kind, src.log_id, src.rdev)
+        back = Entry(src.sealed, dst.kind, dst.log_id, dst.rdev) if flags == RENAME_EXCHANGE and dst else None
+        dst_st = store.lstat(target.fd, dst_below) if dst is not None else None
+        src_st = store.lstat(source.fd, src_below)
+        if dst_st is not None and back is None and dst_st.st_ino == src_st.st_ino and src.kind != Kind.DIR:
+            return  # Two names of one file: rename(2) does nothing.
+        await self._log_rename(source, target, src, moved, back)
+        await self._sync_long(target, dst_sealed)
+        if back is not None:
+            await self._sync_long(source, src.sealed)
+        try:
+            # A directory below is never empty, because of its log: exchange the two, then take the old one away.
+            tree_flags = RENAME_EXCHANGE if replaced is not None else flags
+            store.rename(source.fd, src_below, target.fd, dst_below, tree_flags)
+        except BaseException:
+            await self._unlog_rename(source, target, src, moved, dst)
+            raise
+        if replaced is not None and dst is not None:
+            self._to_tmp(source, src_below, replaced[1])
+            self._dir_gone(new, dst_below, *replaced)
+        elif dst is not None and back is None and dst_st is not None:
+            self._name_gone(new, dst_below, dst, dst_st)
+        self._moved(src_st.st_ino, src.log_id, old, src_below, new, dst_below)
+        if back is not None and dst_st is not None:
+            self._moved(dst_st.st_ino, back.log_id, new, dst_below, old, src_below)
+
+    async def _log_rename(
+        self, source: DirNode, target: DirNode, src: Entry, moved: Entry, back: Entry | None
+    ) -> None:
+        """The frames of a rename: one if it stays in its directory, else the target's first."""
+        # Both keys are fetched before either log is written.
+        await target.keys()
+        source_keys = await source.keys()
+        if source is target:
+            if back is not None:
+                source.apply(source_keys.log_key, [moved, back])
+            else:
+                source.apply(source_keys.log_key, [moved], [src.sealed])
+            return
+        target.apply((await target.keys()).log_key, [moved])
+        source_key = (await source.keys()).log_key
+        try:
+            source.apply(source_key, [back] if back is not None else [], [] if back is not None else [src.sealed])
+        except OSError:
+            target.revert((await target.keys()).log_key, [], [moved.sealed])
+            raise
+
+    async def _unlog_rename(
+        self, source: DirNode, target: DirNode, src: Entry, moved: Entry, dst: Entry | None
+    ) -> None:
+        if source is not target:
+            target.revert((await target.keys()).log_key, [dst] if dst else [], [] if dst else [moved.sealed])
+            source.revert((await source.keys()).log_key, [src])
+        else:
+            gone = [] if dst else [moved.sealed]
+            source.revert((await source.keys()).log_key, [src, dst] if dst else [src], gone)
+
+    def _moved(self, ino: int, log_id: bytes, old: Inode, src: bytes, new: Inode, dst: bytes) -> None:
+        inode = self.inodes.find(ino)
+        if inode is not None and inode.log_id == log_id:
+            inode.add_path(new, dst)
+            inode.drop_path(old, src)
+
+    # pieces ----------------------------------------------------------------------------------------------------
+
+    async def _changing(self, parent: Inode) -> DirNode:
+        """The directory, pinned, its lock held alone. Raises ENOENT for one that was removed, EROFS."""
+        if self.ctx.read_only:
+            raise os_error(errno.EROFS)
+        if parent.last_st is not None:
+            raise os_error(errno.ENOENT)
+        node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
+        node.pins += 1
+        try:
+            await node.lock.acquire_exclusive()
+        except BaseException:
+            node.pins -= 1
+            raise
+        if node.removed:
+            self._changed(node)
+            raise os_error(errno.ENOENT)
+        return node
+
+    def _changed(self, node: DirNode) -> None:
+        node.lock.release_exclusive()
+        node.pins -= 1
+
+    async def _changing_both(self, a: Inode, b: Inode) -> tuple[DirNode, DirNode]:
+        """Both directories of a rename, locked in the order of their numbers so that two renames cannot wait for each other."""
+        if a is b:
+            node = await self._changing(a)
+            return node, node
+        first, second = (a, b) if a.ino < b.ino else (b, a)
+        one = await self._changing(first)
+        try:
+            two = await self._changing(second)
+        except BaseException:
+            self._changed(one)
+            raise
+        return (one, two) if first is a else (two, one)
+
+    def _free_name(self, node: DirNode, sealed: bytes) -> bytes:
+        if sealed in node.entries:
+            raise os_error(errno.EEXIST)
+        return sealed
+
+    def _entry(self, node: DirNode, sealed: bytes) -> Entry:
+        entry = node.entries.get(sealed)
+        if entry is None:
+            raise os_error(errno.ENOENT)
+        return entry
+
+    async def _child(self, parent: Inode, node: DirNode, entry: Entry) -> tuple[Inode, DirNode]:
+        attr = await self._look(parent, node, entry)
+        return attr.inode, await self.inodes.dir(attr.inode)
+
+    async def _before_entering(self, target: DirNode, log_id: bytes, sealed: bytes) -> None:
+        """Something that may be acknowledged enters a directory that may not be durable: make it durable first."""
+        inode = self.inodes.get(target.ino)
+        if target.dir_id in self.files.new_ids and log_id not in self.files.new_ids:
+            await self.files.sync_dirs(inode)
+
+    async def _sync_long(self, node: DirNode, sealed: bytes) -> None:
+        """A long name stands only in the log: it must be durable before the tree uses its digest."""
+        if is_long(sealed):
+            await self.ctx.in_thread(self.ctx.store.fdatasync, node.log.fd)
+
+    def _give_to(self, parent: DirNode, fd: int, name: bytes, owner: Owner) -> None:
+        """Set owner and group of a new object if they are not what the daemon's own would be."""
+        gid = owner.gid
+        store = self.ctx.store
+        if owner == self._own and not store.fstat(parent.fd).st_mode & stat.S_ISGID:
+            return
+        above = store.fstat(parent.fd)
+        if above.st_mode & stat.S_ISGID:
+            gid = above.st_gid
+        if self._own.uid != 0 and owner.uid != self._own.uid:
+            return
+        if name:
+            store.chown(fd, name, owner.uid, gid)
+        else:
+            mode = store.fstat(fd).st_mode
+            store.fchown(fd, owner.uid, gid)
+            if mode & (stat.S_ISUID | stat.S_ISGID):
+                store.fchmod(fd, stat.S_IMODE(mode))
+
+    def _to_tmp(self, node: DirNode, below: bytes, child: DirNode) -> None:
+        name = child.dir_id.hex().encode()
+        mode = stat.S_IMODE(self.ctx.store.fstat(child.fd).st_mode)
+        if not mode & stat.S_IWUSR:
+            # Moving a directory needs write permission on it; removing one does not.
+            self.ctx.store.fchmod(child.fd, mode | stat.S_IWUSR)
+        self.ctx.store.rename(node.fd, below, self.ctx.dir_fd(b"tmp"), name)
+        self.reaper.add_dir(name)
+
+    def _dir_gone(self, parent: Inode, below: bytes, inode: Inode, child: DirNode) -> None:
+        child.removed = True
+        st = self.ctx.store.fstat(child.fd)
+        inode.drop_path(parent, below)
+        inode.last_st = _without_links(st)
+        self.files.new_ids.discard(inode.log_id)
+        self.inodes.release(inode)
+
+    def _name_gone(self, parent: Inode, below: bytes, entry: Entry, st: os.stat_result) -> None:
+        """After a name of a non-directory went: the last one takes the object along."""
+        inode = self.inodes.find(st.st_ino)
+        if inode is not None and inode.log_id != entry.log_id:
+            inode = None
+        if inode is not None:
+            inode.drop_path(parent, below)
+        if st.st_nlink > 1:
+            if inode is not None:
+                self.inodes.release(inode)
+            return
+        self.files.new_ids.discard(entry.log_id)
+        if inode is not None and inode.file is not None:
+            inode.file.unlinked = True
+            if inode.file.opens == 0:
+                # Kept only to be settled, which is moot now.
+                file, inode.file = inode.file, None
+                self.files.unsettled.discard(inode)
+                file.journal.close()
+                file.state.close()
+                self.reaper.add_id(entry.log_id)
+        elif entry.kind in (Kind.FILE, Kind.SYMLINK):
+            self.reaper.add_id(entry.log_id)
+        if inode is not None:
+            inode.last_st = _without_links(st)
+            self.inodes.release(inode)
+
+
+_STAT_EXTRAS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blocks", "st_blksize", "st_rdev")
+
+
+def _without_links(st: os.stat_result) -> os.stat_result:
+    """The same attributes with a link count of 0."""
+    fields = list(st)
+    fields[stat.ST_NLINK] = 0
+    return os.stat_result(fields, {name: getattr(st, name) for name in _STAT_EXTRAS})
+
+
+def _check_name(name: bytes) -> None:
+    if len(name) > NAME_MAX_BYTES:
+        raise os_error(errno.ENAMETOOLONG)

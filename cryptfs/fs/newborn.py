@@ -1,0 +1,49 @@
+"""A directory that a crash left without its log: made in the crashed epoch, so nothing in it was ever acknowledged.
+
+(Before anything acknowledged moves into a directory, and on the first fsync below it, its log is synced: FORMAT.md §6.)
+"""
+
+from __future__ import annotations
+
+import os
+
+from cryptfs.errors import Damaged
+from cryptfs.format.log import HEADER_BYTES
+from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.directory import DirNode
+from cryptfs.names import DIR_LOG
+from cryptfs.ports import Kit
+from cryptfs.types import Purpose
+
+
+async def rebuild_directory(ctx: FsContext, ino: int, fd: int, dir_id: bytes) -> None:
+    """An empty log for the directory behind `fd` (closed afterwards), under the id its parent gives it.
+
+    Raises `Damaged` if there is more than a log that never was.
+    """
+    store, found = ctx.store, True
+    try:
+        log_fd = store.open(fd, DIR_LOG, os.O_RDONLY)
+    except FileNotFoundError:
+        raw, found = b"", False
+    else:
+        try:
+            raw = store.pread(log_fd, HEADER_BYTES, 0)
+        finally:
+            store.close(log_fd)
+    if len(raw) == HEADER_BYTES and any(raw):
+        raise Damaged("dir-log", "it is not a new one")
+    log.warning("directory inode %d: its log never reached the disk before a crash, started anew", ino)
+    kit = await kit_for(ctx, dir_id)
+    if found:
+        store.unlink(fd, DIR_LOG)
+    DirNode.create(ctx, fd, kit).close()
+
+
+async def kit_for(ctx: FsContext, dir_id: bytes) -> Kit:
+    """A kit for an id that already has a name: keys are bound to the id, so stock will not do."""
+    names = await ctx.keys.generate(dir_id, Purpose.NAMES, 1)
+    log_keys = await ctx.keys.generate(dir_id, Purpose.LOG_DIR, 1)
+    if names.wiped:
+        raise Damaged("wrap", "keys expired while a directory was rebuilt")
+    return Kit(dir_id, log_keys.kek_version, log_keys.keys[0], log_keys.wrapped[0], names.keys[0], names.wrapped[0], None)

@@ -1,0 +1,96 @@
+"""What is dead in the tree but may not be deleted yet: sidecars of removed files, removed directories in `tmp/`.
+
+A sidecar that is deleted while the removal of its file is not durable would, after a power cut, leave the file without
+its keys. So things are deleted only after a sync of the file system that came after their removal. A crash before that leaves
+orphans, which cost space and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+
+import trio
+
+from cryptfs.fs.context import FsContext, log, sidecar_name, twin_name
+from cryptfs.ports import Store
+
+_INTERVAL_S = 30.0
+_MANY = 10_000
+
+
+class Reaper:
+    """Run `serve` in the background; `flush` once at unmount, after a sync."""
+
+    def __init__(self, ctx: FsContext) -> None:
+        self.ctx = ctx
+        self._ids: list[bytes] = []
+        self._dirs: list[bytes] = []
+        self._many = trio.Event()
+
+    def add_id(self, log_id: bytes) -> None:
+        """The last name of this file or symlink is gone, and nobody has it open."""
+        self._ids.append(log_id)
+        if len(self._ids) >= _MANY:
+            self._many.set()
+
+    def add_dir(self, name: bytes) -> None:
+        """A removed directory lies in `tmp/` under this name."""
+        self._dirs.append(name)
+
+    async def serve(self) -> None:
+        """For ever: now and then sync, then delete what was dead before the sync."""
+        while True:
+            with trio.move_on_after(_INTERVAL_S):
+                await self._many.wait()
+            self._many = trio.Event()
+            if self._ids or self._dirs:
+                ids, dirs, self._ids, self._dirs = self._ids, self._dirs, [], []
+                try:
+                    await self.ctx.in_thread(self.ctx.store.syncfs, self.ctx.store.root())
+                except OSError as error:
+                    log.warning("sync before deleting sidecars failed, they stay: %s", error.strerror)
+                    continue
+                await self.ctx.in_thread(self._delete, ids, dirs)
+
+    async def flush(self) -> None:
+        """Delete what is dead now. The caller has just synced the file system."""
+        ids, dirs, self._ids, self._dirs = self._ids, self._dirs, [], []
+        await self.ctx.in_thread(self._delete, ids, dirs)
+
+    def _delete(self, ids: list[bytes], dirs: list[bytes]) -> None:
+        store = self.ctx.store
+        for log_id in ids:
+            where = self.ctx.sidecar_dir(log_id)
+            for name in (sidecar_name(log_id), twin_name(log_id)):
+                try:
+                    store.unlink(where, name)
+                except OSError:
+                    continue
+        tmp = self.ctx.dir_fd(b"tmp")
+        for name in dirs:
+            remove_tree(store, tmp, name)
+
+
+def remove_tree(store: Store, dir_fd: int, name: bytes) -> None:
+    """Delete `name` and what is in it, following nothing; what cannot be deleted stays."""
+    try:
+        fd = store.open(dir_fd, name, os.O_RDONLY | os.O_DIRECTORY)
+    except NotADirectoryError:
+        store.unlink(dir_fd, name)
+        return
+    except OSError:
+        return
+    try:
+        for inner in store.listdir(fd):
+            try:
+                store.unlink(fd, inner)
+            except IsADirectoryError:
+                remove_tree(store, fd, inner)
+            except OSError:
+                continue
+    finally:
+        store.close(fd)
+    try:
+        store.rmdir(dir_fd, name)
+    except OSError:
+        return

@@ -1,0 +1,129 @@
+"""What a crash left of one file: the longest prefix of its history whose blocks are all there (FORMAT.md §9).
+
+Runs once, on the first opening after an epoch that ended uncleanly, and settles the file: log and data file are cut to
+what was kept and a new frame says so. A crash in here leaves the same file to be settled again: the cut log is a prefix that was chosen
+before, and choosing is a function of what lies on disk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cryptfs.blocks.codec import Slots
+from cryptfs.blocks.extents import HOME_TWIN, Extent, ExtentMap
+from cryptfs.errors import Damaged
+from cryptfs.format.datafile import HEADER_BYTES, DataHeader
+from cryptfs.fs.context import log, sidecar_name
+from cryptfs.fs.history import POISON, build_map
+from cryptfs.fs.sealed_log import Replay
+from cryptfs.ports import KeyRun
+from cryptfs.types import Purpose
+
+if TYPE_CHECKING:
+    from cryptfs.fs.journal import Journal
+
+_CHECK_BLOCKS = 64
+
+
+async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int) -> None:
+    """Choose the prefix, adopt it, settle it. Raises `Damaged` if something acknowledged is missing."""
+    ctx, state = journal.ctx, journal.state
+    durable = replayed.durable_up_to
+    block_size = ctx.config.block_size
+    least = sum(1 for head in replayed.heads if head.generation <= durable)
+    # A head whose payload is torn ends the history, unless it was acknowledged: then it is damage, and poisons.
+    most = least
+    while most < len(replayed.heads) and replayed.payloads[most] is not None:
+        most += 1
+    verdicts: dict[bytes, bool] = {}
+    for keep in range(most, max(least, 1) - 1, -1):
+        blocks, size = build_map(replayed, keep, block_size)
+        suspects = [
+            e for e in blocks if e.home != POISON and e.generation > durable and ctx.forgives(e.generation)
+        ]
+        if all([await _authentic(journal, e, verdicts) for e in suspects]):
+            break
+    else:
+        if least:
+            blocks, size = build_map(replayed, least, block_size)
+            keep = least
+        else:
+            # Not one frame holds, and none was ever acknowledged: the file is as it was at its birth, empty.
+            ctx.store.close(fd)
+            await restart_newborn(journal, data_size)
+            return
+    dropped = len(replayed.heads) - keep
+    if dropped or replayed.tail:
+        log.warning("inode %d: recovered after a crash, %d unacknowledged frames dropped", state.ino, dropped)
+    journal.adopt(fd, replayed, keep, blocks, size)
+    state.data_len = data_size - HEADER_BYTES
+    if ctx.read_only or not state.writable:
+        return
+    assert journal.log is not None
+    if ctx.store.fstat(fd).st_size != journal.log.end:
+        ctx.store.ftruncate(fd, journal.log.end)
+    if data_size != HEADER_BYTES + size:
+        before = ctx.store.fstat(state.data_fd)
+        ctx.store.ftruncate(state.data_fd, HEADER_BYTES + size)
+        ctx.store.futimens(state.data_fd, before.st_atime_ns, before.st_mtime_ns)
+        state.data_len = size
+    journal.settle_frame(await journal.log_key())
+
+
+async def _authentic(journal: Journal, extent: Extent, verdicts: dict[bytes, bool]) -> bool:
+    """Whether every block of `extent` decrypts from its home."""
+    ctx, state = journal.ctx, journal.state
+    if extent.home == HOME_TWIN and state.twin_fd is None:
+        return False
+    slots = Slots(ctx.config.block_size, min(_CHECK_BLOCKS, extent.end - extent.first))
+    out = memoryview(bytearray(ctx.config.block_size * slots.count))
+    for first in range(extent.first, extent.end, _CHECK_BLOCKS):
+        end = min(first + _CHECK_BLOCKS, extent.end)
+        wraps = [extent.wrapped_of(block) for block in range(first, end)]
+        if all(verdicts.get(w) for w in wraps):
+            continue
+        if any(verdicts.get(w) is False for w in wraps):
+            return False
+        targets = ctx.codec.targets(extent, first, end, slots)
+        offset = state.home_offset(extent.home, first)
+        got = await ctx.in_thread(ctx.store.preadv, state.home_fd(extent.home), targets, offset)
+        good = got == sum(map(len, targets))
+        if good:
+            run = KeyRun(state.file_id, Purpose.BLOCK, extent.kek_version, wraps, first)
+            try:
+                deks = (await ctx.keys.unwrap([run]))[0]
+            except Damaged:
+                return False
+            good = ctx.codec.open_run(state.file_id, extent, first, end, deks, slots, out) < 0
+        verdicts.update(dict.fromkeys(wraps, good))
+        if not good:
+            return False
+    return True
+
+
+async def restart_newborn(journal: Journal, data_size: int) -> None:
+    """A file whose creation a crash cut short: empty, with a header and, from the first frame on, a new sidecar."""
+    ctx, state = journal.ctx, journal.state
+    log.warning("inode %d: recovered after a crash, it never had content on disk", state.ino)
+    state.blocks = ExtentMap(ctx.config.block_size)
+    state.size = 0
+    state.data_len = max(0, data_size - HEADER_BYTES)
+    if ctx.read_only or not state.writable:
+        journal.loaded = True
+        return
+    made = await ctx.keys.generate(state.file_id, Purpose.LOG_FILE, 1)
+    volume_key = await ctx.volume_key()
+    header = ctx.sign_header(volume_key, DataHeader(state.file_id, ctx.next_generation()))
+    # A sidecar without one good frame may lie there; it goes first, so that the new one can be created.
+    try:
+        ctx.store.unlink(ctx.sidecar_dir(state.file_id), sidecar_name(state.file_id))
+    except FileNotFoundError:
+        pass
+    before = ctx.store.fstat(state.data_fd)
+    ctx.store.ftruncate(state.data_fd, 0)
+    ctx.store.pwrite(state.data_fd, header, 0)
+    ctx.store.futimens(state.data_fd, before.st_atime_ns, before.st_mtime_ns)
+    journal.begin(made.kek_version, made.wrapped[0])
+    state.data_len = 0
+    state.data_unsynced = True
+    await journal.commit()

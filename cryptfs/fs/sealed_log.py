@@ -1,0 +1,199 @@
+"""Sealed logs on a store: append, replay, rewrite (FORMAT.md §5).
+
+A crash between any two calls leaves:
+
+- in `create`: no file, or a file whose header or first frame is torn: a log that never was (its owner's frame names it only later, or
+  its epoch ended uncleanly);
+- in `append`: the log as it was, and perhaps a torn frame after its end, which replay does not count;
+- in `rewrite`: the old log and a stray `.new`, or the new log, complete, because it is synced before the rename.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from cryptfs.crypto.mac import mac, same, sha256
+from cryptfs.errors import Damaged
+from cryptfs.format.log import (
+    DELTA,
+    FOOT_BYTES,
+    HEAD_BYTES,
+    HEADER_BYTES,
+    SIGNED_BYTES,
+    SNAPSHOT,
+    Head,
+    LogHeader,
+    decode_head,
+    decode_header,
+    encode_foot,
+)
+from cryptfs.fs.context import write_all
+from cryptfs.ports import Store
+from cryptfs.types import Buffer
+
+
+@dataclass(slots=True)
+class Replay:
+    """What a log holds. `payloads[i]` is None where frame i's head is intact and its payload is not.
+
+    `ends[i]`: offset just past frame i. `tail`: bytes after the last intact frame.
+    """
+
+    header: LogHeader
+    heads: list[Head] = field(default_factory=list)
+    payloads: list[memoryview | None] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    tail: int = 0
+
+    @property
+    def durable_up_to(self) -> int:
+        """The newest generation any intact frame calls durable."""
+        return max((head.durable_up_to for head in self.heads), default=0)
+
+
+def header_of(raw: bytes) -> LogHeader:
+    """The header of a log's bytes, not yet authenticated. Raises `Damaged`."""
+    return decode_header(raw[:HEADER_BYTES])
+
+
+def replay(raw: bytes, header: LogHeader, mac_key: Buffer) -> Replay:
+    """Walk the frames of a whole log. Never raises for damage after the header: the caller judges by what is missing.
+
+    Stops at the first head that is torn, not authentic, not linked to the one before, or not newer.
+    """
+    out = Replay(header)
+    view = memoryview(raw)
+    at, prev, generation = HEADER_BYTES, sha256(view[:HEADER_BYTES]), 0
+    while at + HEAD_BYTES <= len(raw):
+        try:
+            head = decode_head(raw[at : at + HEAD_BYTES])
+        except Damaged:
+            break
+        end = at + head.frame_bytes
+        linked = head.prev_mac == prev and head.generation > generation
+        if not linked or not same(mac(mac_key, header.log_id, raw[at : at + SIGNED_BYTES]), head.mac):
+            break
+        payload = view[at + HEAD_BYTES : end - FOOT_BYTES]
+        intact = len(payload) == head.payload_len and sha256(payload) == head.payload_sha256
+        if end > len(raw) and not intact:
+            # The payload runs past the end of the file: torn, or cut.
+            out.heads.append(head)
+            out.payloads.append(None)
+            out.ends.append(len(raw))
+            at = len(raw)
+            break
+        out.heads.append(head)
+        out.payloads.append(payload if intact else None)
+        out.ends.append(end)
+        at, prev, generation = end, head.mac, head.generation
+    out.tail = max(0, len(raw) - at)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What the writer of a frame decides."""
+
+    generation: int
+    durable_up_to: int
+    size: int
+    payload: bytes
+    extent: tuple[int, int] = (0, 0)
+
+
+class SealedLog:
+    """An open log that is appended to. `unsynced` says whether something was written since the last fdatasync."""
+
+    __slots__ = ("end", "fd", "header", "live_from", "prev_mac", "unsynced")
+
+    def __init__(self, fd: int, header: LogHeader, end: int, prev_mac: bytes) -> None:
+        self.fd = fd
+        self.header = header
+        self.end = end
+        self.prev_mac = prev_mac
+        self.unsynced = False
+        self.live_from = end
+        """Size of the log when it was last one snapshot: growth past it decides about compaction."""
+
+    @classmethod
+    def create(cls, store: Store, dir_fd: int, name: bytes, header: LogHeader, mac_key: Buffer, frame: Frame) -> SealedLog:
+        """A new log with its first frame, in one write. Raises OSError; then no such file is left."""
+        fd = store.open(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        encoded = header.encode()
+        log = cls(fd, header, HEADER_BYTES, sha256(encoded))
+        try:
+            head, foot = log._frame(mac_key, SNAPSHOT, frame)
+            write_all(store, fd, encoded + head + frame.payload + foot, 0)
+        except BaseException:
+            store.close(fd)
+            store.unlink(dir_fd, name)
+            raise
+        log._advance(head, frame)
+        log.live_from = log.end
+        return log
+
+    @classmethod
+    def resume(cls, fd: int, replayed: Replay, keep: int) -> SealedLog:
+        """Continue after the first `keep` frames (at least one) of a replayed log."""
+        log = cls(fd, replayed.header, replayed.ends[keep - 1], replayed.heads[keep - 1].mac)
+        log.live_from = replayed.ends[0]
+        return log
+
+    def append(self, store: Store, mac_key: Buffer, frame: Frame) -> None:
+        """One write past the end. Raises OSError; the log then ends where it did."""
+        head, foot = self._frame(mac_key, DELTA, frame)
+        self.unsynced = True
+        try:
+            write_all(store, self.fd, head + frame.payload + foot, self.end)
+        except BaseException:
+            # A torn frame must not stay where a clean unmount would vouch for it.
+            store.ftruncate(self.fd, self.end)
+            raise
+        self._advance(head, frame)
+
+    def rewrite(
+        self, store: Store, dir_fd: int, name: bytes, mac_key: Buffer, header: LogHeader, frame: Frame
+    ) -> SealedLog:
+        """A new log of one snapshot beside this one, synced, renamed over it. Blocks; returns it, this one is closed."""
+        fresh = name + b".new"
+        try:
+            store.unlink(dir_fd, fresh)
+        except FileNotFoundError:
+            pass
+        new = SealedLog.create(store, dir_fd, fresh, header, mac_key, frame)
+        try:
+            store.fdatasync(new.fd)
+            store.rename(dir_fd, fresh, dir_fd, name)
+        except BaseException:
+            store.close(new.fd)
+            store.unlink(dir_fd, fresh)
+            raise
+        store.fsync(dir_fd)
+        store.close(self.fd)
+        new.unsynced = False
+        return new
+
+    def _frame(self, mac_key: Buffer, kind: int, frame: Frame) -> tuple[bytes, bytes]:
+        payload = frame.payload
+        head = Head(kind, frame.generation, frame.durable_up_to, frame.size, *frame.extent, len(payload),
+                    sha256(payload), self.prev_mac)  # fmt: skip
+        signed = head.signed()
+        return signed + mac(mac_key, self.header.log_id, signed), encode_foot(head.frame_bytes)
+
+    def _advance(self, head: bytes, frame: Frame) -> None:
+        self.prev_mac = head[SIGNED_BYTES:]
+        self.end += HEAD_BYTES + len(frame.payload) + FOOT_BYTES
+        self.unsynced = True
+
+
+def read_log(store: Store, fd: int) -> bytes:
+    """A whole log's bytes. May block on a cold disk."""
+    size = store.fstat(fd).st_size
+    raw = store.pread(fd, size, 0)
+    while len(raw) < size:
+        more = store.pread(fd, size - len(raw), len(raw))
+        if not more:
+            break
+        raw += more
+    return raw

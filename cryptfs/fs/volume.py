@@ -1,0 +1,131 @@
+"""A volume in use, from taking its lock to leaving it clean. What `fuse` and the offline commands work on."""
+
+from __future__ import annotations
+
+import os
+
+import trio
+
+from cryptfs.errors import CryptfsError, VolumeBusy
+from cryptfs.fs.context import FsContext, VolumeConfig, log
+from cryptfs.fs.epoch import read_state, write_state
+from cryptfs.fs.files import Files
+from cryptfs.fs.inodes import Inode, InodeTable
+from cryptfs.fs.namespace import Namespace
+from cryptfs.fs.reaper import Reaper, remove_tree
+from cryptfs.ports import Clock, DekProvider, Random, Store
+
+
+class Volume:
+    """One open volume. Make it with `open_volume`, run `serve` beside its use, end with `close`."""
+
+    def __init__(self, ctx: FsContext) -> None:
+        self.ctx = ctx
+        self.inodes = InodeTable(ctx)
+        self.reaper = Reaper(ctx)
+        self.files = Files(ctx, self.inodes, self.reaper)
+        self.names = Namespace(ctx, self.inodes, self.files, self.reaper)
+
+    @property
+    def root(self) -> Inode:
+        """The root directory."""
+        return self.inodes.root
+
+    async def serve(self) -> None:
+        """Background work: settling files, deleting what is dead. Ends when cancelled."""
+        if self.ctx.read_only:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.files.serve)
+            nursery.start_soon(self.reaper.serve)
+
+    async def flush(self) -> None:
+        """Write and sync everything now, with the keys at hand: the agent is going away. Errors are logged."""
+        if self.ctx.read_only:
+            return
+        await self.files.commit_all()
+        for file in self.inodes.open_files():
+            if not file.unlinked and file.journal.loaded:
+                try:
+                    await file.journal.fsync()
+                except (OSError, CryptfsError) as error:
+                    log.error("inode %d: not flushed: %s", file.state.ino, error)
+
+    def statfs(self) -> os.statvfs_result:
+        """Of the backing file system."""
+        return self.ctx.store.fstatvfs(self.ctx.store.root())
+
+    async def close(self) -> bool:
+        """Make everything durable and leave the volume; True if it was left clean. Only for a volume nobody uses any more."""
+        ctx = self.ctx
+        clean = True
+        if not ctx.read_only:
+            try:
+                clean = await self._leave()
+            except (OSError, CryptfsError) as error:
+                log.error("the volume was not left clean: %s", error)
+                clean = False
+        self.inodes.close()
+        ctx.close()
+        return clean
+
+    async def _leave(self) -> bool:
+        """Frames, sync, cuts, deletions, sync, and then the word that all of it was done."""
+        ctx, store = self.ctx, self.ctx.store
+        assert ctx.state is not None
+        good = await self.files.commit_all()
+        for file in self.inodes.open_files():
+            if file.journal.loaded and not file.unlinked:
+                try:
+                    await file.journal.fsync()
+                except (OSError, CryptfsError) as error:
+                    log.error("inode %d: not synced: %s", file.state.ino, error)
+                    good = False
+        await ctx.in_thread(store.syncfs, store.root())
+        await self.reaper.flush()
+        if not good:
+            return False
+        volume_key = bytes(await ctx.volume_key())
+        await ctx.in_thread(store.syncfs, store.root())
+        await ctx.in_thread(write_state, store, ctx.config.volume_id, volume_key, ctx.state.ended())
+        return True
+
+
+async def open_volume(
+    config: VolumeConfig, store: Store, keys: DekProvider, clock: Clock, random: Random, *, read_only: bool = False
+) -> Volume:
+    """Take the lock, begin a mount epoch, empty `tmp/`.
+
+    Raises `VolumeBusy` (another process has it), `VolumeDamaged`, OSError, key errors.
+    """
+    ctx = FsContext(config, store, keys, clock, random, read_only=read_only)
+    try:
+        store.lock()
+    except BlockingIOError:
+        raise VolumeBusy("the volume is mounted or being changed by another process") from None
+    try:
+        volume_key = bytes(await ctx.volume_key())
+        state = read_state(store, config.volume_id, volume_key)
+        if read_only:
+            # Nothing is written, so no epoch begins; forgiveness is decided as if one had.
+            ctx.state = state.next_epoch()
+        else:
+            await ctx.in_thread(store.syncfs, store.root())
+            ctx.state = state.next_epoch()
+            await ctx.in_thread(write_state, store, config.volume_id, volume_key, ctx.state)
+            await ctx.in_thread(_empty_tmp, ctx)
+        if not state.clean:
+            log.warning("the volume was not left clean; what a crash left is settled as it is used")
+        for first in range(256):
+            # Opened here, on the loop, so that no thread ever adds to the table of descriptors.
+            ctx.sidecar_dir(bytes([first]))
+    except BaseException:
+        ctx.close()
+        raise
+    return Volume(ctx)
+
+
+def _empty_tmp(ctx: FsContext) -> None:
+    tmp = ctx.dir_fd(b"tmp")
+    for name in ctx.store.listdir(tmp):
+        remove_tree(ctx.store, tmp, name)

@@ -1,0 +1,298 @@
+"""pyfuse3's `Operations` over a `Volume`: one short method per request, in the kernel's words on one side, `fs`'s on the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, StatvfsData
+
+from cryptfs.format.dirlog import Entry
+from cryptfs.fs.files import Attr, Changes
+from cryptfs.fs.inodes import Inode
+from cryptfs.fs.namespace import Owner
+from cryptfs.fs.volume import Volume
+from cryptfs.fuse.errno_map import answered
+
+if TYPE_CHECKING:
+    from pyfuse3 import (
+        FileHandleT,
+        FileNameT,
+        FlagT,
+        InodeT,
+        ModeT,
+        ReaddirToken,
+        RequestContext,
+        SetattrFields,
+    )
+
+TIMEOUT_S = 3600
+"""How long the kernel may believe names and attributes: nobody else changes the volume while it is mounted."""
+
+_BLOCK_BYTES = 4096
+_DOTS = 2
+"""Positions in a listing before its first entry: "." and ".."."""
+
+
+class _Listing:
+    """An open directory: the entries one pass over it goes through, and how many went into the last answer."""
+
+    __slots__ = ("entries", "inode", "usual")
+
+    def __init__(self, inode: Inode) -> None:
+        self.inode = inode
+        self.entries: list[Entry] = []
+        self.usual = 16
+
+
+class Operations(pyfuse3.Operations):
+    """One mounted volume."""
+
+    enable_writeback_cache = True
+    supports_dot_lookup = False
+
+    def __init__(self, volume: Volume) -> None:
+        super().__init__()
+        self._volume = volume
+        self._inodes = volume.inodes
+        self._names = volume.names
+        self._files = volume.files
+        self._listings: dict[int, _Listing] = {}
+        self._last_listing = 0
+
+    # attributes ------------------------------------------------------------------------------------------------
+
+    @answered
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        parent = self._inodes.get(parent_inode)
+        try:
+            attr = await self._names.lookup(parent, name)
+        except FileNotFoundError:
+            missing = EntryAttributes()
+            missing.st_ino = pyfuse3.InodeT(0)
+            missing.entry_timeout = TIMEOUT_S
+            return missing
+        return _counted(attr)
+
+    @answered
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return _entry(await self._files.attr(self._inodes.get(inode)))
+
+    @answered
+    async def setattr(
+        self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        want = Changes(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return _entry(await self._files.setattr(self._inodes.get(inode), want))
+
+    @answered
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        return pyfuse3.FileNameT(await self._files.readlink(self._inodes.get(inode)))
+
+    @answered
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for ino, count in inode_list:
+            self._inodes.forget(ino, count)
+
+    @answered
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        below = self._volume.statfs()
+        out = StatvfsData()
+        for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            setattr(out, name, getattr(below, name))
+        out.f_namemax = 255
+        return out
+
+    # names -----------------------------------------------------------------------------------------------------
+
+    @answered
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        parent = self._inodes.get(parent_inode)
+        return _counted(await self._names.mknod(parent, name, mode, rdev, Owner(ctx.uid, ctx.gid)))
+
+    @answered
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        parent = self._inodes.get(parent_inode)
+        return _counted(await self._names.mkdir(parent, name, mode, Owner(ctx.uid, ctx.gid)))
+
+    @answered
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        parent = self._inodes.get(parent_inode)
+        return _counted(await self._names.symlink(parent, name, target, Owner(ctx.uid, ctx.gid)))
+
+    @answered
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        parent = self._inodes.get(new_parent_inode)
+        return _counted(await self._names.link(self._inodes.get(inode), parent, new_name))
+
+    @answered
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self._names.unlink(self._inodes.get(parent_inode), name)
+
+    @answered
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self._names.rmdir(self._inodes.get(parent_inode), name)
+
+    @answered
+    async def rename(
+        self, parent_inode_old: InodeT, name_old: str, parent_inode_new: InodeT, name_new: str, flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:  # fmt: skip
+        old, new = self._inodes.get(parent_inode_old), self._inodes.get(parent_inode_new)
+        await self._names.rename(old, _bytes(name_old), new, _bytes(name_new), flags)
+
+    # files -----------------------------------------------------------------------------------------------------
+
+    @answered
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        parent = self._inodes.get(parent_inode)
+        attr, _ = await self._names.create(parent, name, mode, Owner(ctx.uid, ctx.gid))
+        return _file_info(attr.inode.ino), _counted(attr)
+
+    @answered
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        await self._files.open(self._inodes.get(inode), writing=writing)
+        return _file_info(inode)
+
+    @answered
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        file = self._inodes.get(fh).file
+        assert file is not None
+        # pyfuse3 takes any buffer and has handed it to the kernel before anything else runs.
+        return await file.read(off, size)  # type: ignore[return-value]
+
+    @answered
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        file = self._inodes.get(fh).file
+        assert file is not None
+        return await file.write(off, buf)
+
+    @answered
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature
+        file = self._inodes.get(fh).file
+        assert file is not None
+        await file.journal.fsync(data_only=datasync)
+
+    @answered
+    async def release(self, fh: FileHandleT) -> None:
+        await self._files.release(self._inodes.get(fh))
+
+    # directories -----------------------------------------------------------------------------------------------
+
+    @answered
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        self._last_listing += 1
+        self._listings[self._last_listing] = _Listing(self._inodes.get(inode))
+        return pyfuse3.FileHandleT(self._last_listing)
+
+    @answered
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        listing = self._listings[fh]
+        if start_id == 0:
+            listing.entries = await self._names.listing(listing.inode)
+        if start_id < _DOTS and not await self._dots(listing.inode, start_id, token):
+            return
+        at, answered_now, full = max(0, start_id - _DOTS), 0, False
+        while at < len(listing.entries) and not full:
+            try:
+                batch = await self._names.described(listing.inode, listing.entries[at : at + listing.usual])
+            except Exception:
+                if answered_now:
+                    # The kernel counts what is in this answer; the next one will say what is wrong.
+                    break
+                raise
+            for item in batch:
+                at += 1
+                if item is None:
+                    continue
+                name, attr = item
+                full = full or not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), _listed(attr), at + _DOTS)
+                if not full:
+                    answered_now += 1
+                if attr is not None:
+                    attr.inode.lookups += not full
+                    self._inodes.release(attr.inode)
+        if answered_now:
+            listing.usual = answered_now + 1
+
+    async def _dots(self, inode: Inode, start_id: int, token: ReaddirToken) -> bool:
+        """The entries every directory has; the kernel takes no reference for them. False if the answer is full."""
+        attr = await self._files.attr(inode)
+        for at, name in enumerate((b".", b".."), start=1):
+            if at > start_id and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), _entry(attr), at):
+                return False
+        return True
+
+    @answered
+    async def releasedir(self, fh: FileHandleT) -> None:
+        del self._listings[fh]
+
+    @answered
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature
+        await self._files.sync_dirs(self._listings[fh].inode)
+
+
+def _entry(attr: Attr) -> EntryAttributes:
+    """As pyfuse3 wants it."""
+    st = attr.st
+    out = EntryAttributes()
+    out.st_ino = pyfuse3.InodeT(attr.inode.ino)
+    out.generation = attr.inode.generation
+    out.entry_timeout = TIMEOUT_S
+    out.attr_timeout = TIMEOUT_S
+    out.st_mode = pyfuse3.ModeT(st.st_mode)
+    out.st_nlink = st.st_nlink
+    out.st_uid = st.st_uid
+    out.st_gid = st.st_gid
+    out.st_rdev = st.st_rdev
+    out.st_size = attr.size
+    out.st_blksize = _BLOCK_BYTES
+    out.st_blocks = st.st_blocks
+    out.st_atime_ns = st.st_atime_ns
+    out.st_mtime_ns = st.st_mtime_ns
+    out.st_ctime_ns = st.st_ctime_ns
+    return out
+
+
+def _counted(attr: Attr) -> EntryAttributes:
+    """For an answer by which the kernel gains a reference to the inode."""
+    attr.inode.lookups += 1
+    return _entry(attr)
+
+
+def _listed(attr: Attr | None) -> EntryAttributes:
+    """For readdir; a damaged entry is listed without attributes, so that whoever asks for it is told EIO."""
+    if attr is not None:
+        return _entry(attr)
+    out = EntryAttributes()
+    out.st_ino = pyfuse3.InodeT(0)
+    return out
+
+
+def _file_info(ino: int) -> FileInfo:
+    return FileInfo(fh=pyfuse3.FileHandleT(ino), keep_cache=True)
+
+
+def _bytes(name: str | bytes) -> bytes:
+    # pyfuse3's annotation says str; what arrives is bytes.
+    return name if isinstance(name, bytes) else os.fsencode(name)
+
+

@@ -1,0 +1,88 @@
+"""Mounting, serving and unmounting one volume through pyfuse3. One session per process, as pyfuse3 has it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from cryptfs.errors import MissingDependency, MountpointUnusable
+from cryptfs.fs.volume import Volume
+from cryptfs.fuse import loop
+from cryptfs.fuse.operations import Operations
+
+log = logging.getLogger("cryptfs")
+
+_READ_AHEAD_KIB = 1024
+_STOP_S = 30.0
+
+
+class FuseSession:
+    """`mount`, then `run` until it is unmounted from outside or by `stop`."""
+
+    def __init__(self, volume: Volume, *, source: Path, mountpoint: Path, options: frozenset[str], read_only: bool) -> None:
+        self._volume = volume
+        self._mountpoint = str(mountpoint)
+        # A comma in fsname would start another option (libfuse's escaping is a backslash).
+        name = str(source).replace("\\", "\\\\").replace(",", "\\,")
+        self._options = {f"fsname={name}", "subtype=cryptfs", "default_permissions", *options}
+        if read_only:
+            self._options.add("ro")
+
+    def mount(self) -> None:
+        """Raises `MissingDependency`, `MountpointUnusable`."""
+        if not os.path.exists("/dev/fuse"):
+            raise MissingDependency("/dev/fuse is missing: the kernel's FUSE module is not loaded")
+        loop.install()
+        try:
+            pyfuse3.init(Operations(self._volume), self._mountpoint, self._options)
+        except RuntimeError as error:
+            raise MountpointUnusable(f"mounting on {self._mountpoint} failed ({error})") from None
+        self._raise_read_ahead()
+
+    def _raise_read_ahead(self) -> None:
+        """Larger reads cost fewer requests; only root may ask for them, so failing is fine."""
+        device = os.lstat(self._mountpoint).st_dev if os.geteuid() == 0 else None
+        if device is None:
+            return
+        try:
+            knob = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+            knob.write_text(str(_READ_AHEAD_KIB))
+        except OSError as error:
+            log.info("read-ahead stays as it is: %s", error.strerror)
+
+    async def run(self) -> None:
+        """Answer requests until the mount is gone."""
+        try:
+            await pyfuse3.main()
+        finally:
+            pyfuse3.close(unmount=True)
+
+    async def stop(self) -> None:
+        """Unmount: what programs wrote is fetched from the kernel first; one still in use is detached and ends when it can."""
+        with trio.move_on_after(_STOP_S):
+            await trio.to_thread.run_sync(_sync_mount, self._mountpoint, abandon_on_cancel=True)
+        busy = await trio.to_thread.run_sync(_unmount, self._mountpoint)
+        if busy:
+            log.warning("the mount is in use, detaching it")
+            pyfuse3.terminate()
+
+
+def _sync_mount(mountpoint: str) -> None:
+    """syncfs(2) on the mount: the kernel writes its dirty pages to this process, which must go on answering."""
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        ctypes.CDLL(None, use_errno=True).syncfs(fd)
+    finally:
+        os.close(fd)
+
+
+def _unmount(mountpoint: str) -> bool:
+    """Unmount; True if it is busy."""
+    command = ["umount", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", "-q", mountpoint]
+    return subprocess.run(command, check=False, capture_output=True, timeout=_STOP_S).returncode != 0

@@ -1,0 +1,303 @@
+"""The cache of keys in clear: absolute age, bounded number, bounded uses; expired keys are overwritten, then dropped.
+
+Keys are found by their wrapped form. It is unique to one key of one log, so a block that is written anew can never be
+given its predecessor's key, and nothing ever has to be invalidated.
+
+Keys arrive in batches and leave in batches: a batch is one buffer with one deadline. All of this runs on the loop without an await
+between checking a key and handing it out, which is why a view is good until its holder's next await.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from cryptfs.errors import CryptfsError, Damaged
+from cryptfs.keys.policy import SWEEP_INTERVAL_S, CachePolicy
+from cryptfs.ports import Clock, FreshKeys, KeyRun, Kit
+from cryptfs.types import DEK_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES, Purpose
+
+_KITS_MAX = 256
+_KITS_MIN = 8
+_DEKS_PER_KIT = 2
+
+UnwrapItem = tuple[bytes, str, int, bytes, int]
+"""(log id, purpose, KEK version, wrapped keys joined, first block)."""
+KitBytes = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
+"""(log id, log key, its wrap, names key, its wrap, DEKs, their wraps)."""
+
+
+class Upstream(Protocol):
+    """The agent, for one volume (`keys.link`)."""
+
+    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]: ...
+    async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]: ...
+    async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]: ...
+
+
+@dataclass(slots=True)
+class CacheStatistics:
+    """Counters since the mount."""
+
+    hits: int = 0
+    misses: int = 0
+    unwraps: int = 0
+    round_trips: int = 0
+    expiries: int = 0
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Keys that came together. `buffer` is the only copy this process keeps on purpose."""
+
+    buffer: bytearray
+    deadline: float
+    wraps: list[bytes]
+    stocks: list[FreshKeys] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Slot:
+    view: memoryview
+    batch: _Batch
+    uses: int = 0
+
+
+class KeyCache:
+    """`ports.DekProvider` over an `Upstream`. Run `serve` in the background: it sweeps and refills the stock of kits."""
+
+    def __init__(self, upstream: Upstream, policy: CachePolicy, clock: Clock) -> None:
+        self.policy = policy
+        self.statistics = CacheStatistics()
+        self._upstream = upstream
+        self._monotonic = clock.monotonic
+        self._slots: dict[bytes, _Slot] = {}
+        self._batches: deque[_Batch] = deque()
+        """In order of arrival, so nearly in order of deadline: all have the same age limit."""
+        self._in_flight: dict[bytes, trio.Event] = {}
+        self._kits: deque[tuple[Kit, _Batch]] = deque()
+        self._kits_wanted = _KITS_MIN
+        self._refill = trio.Event()
+        self._refilling = trio.Lock()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    # handing out -----------------------------------------------------------------------------------------------
+
+    def peek(self, wrapped: bytes) -> memoryview | None:
+        """See `DekProvider.peek`."""
+        slot = self._slots.get(wrapped)
+        if slot is None:
+            return None
+        if slot.batch.deadline <= self._monotonic():
+            self._wipe(slot.batch)
+            return None
+        limit = self.policy.max_uses
+        if limit is not None:
+            if slot.uses >= limit:
+                del self._slots[wrapped]
+                slot.view[:] = bytes(len(slot.view))
+                return None
+            slot.uses += 1
+        self.statistics.hits += 1
+        return slot.view
+
+    async def unwrap(self, runs: Sequence[KeyRun]) -> list[list[memoryview]]:
+        """See `DekProvider.unwrap`."""
+        while True:
+            missing = [(run, [w for w in run.wrapped if w not in self._slots]) for run in runs]
+            flying = next((self._in_flight[w] for _, ws in missing for w in ws if w in self._in_flight), None)
+            if flying is not None:
+                await flying.wait()
+                if self.policy.caching:
+                    continue
+                missing = [(run, list(run.wrapped)) for run in runs]
+            got = await self._fetch([(run, wraps) for run, wraps in missing if wraps])
+            # From here to the return there is no await.
+            out: list[list[memoryview]] = []
+            for run in runs:
+                views = [got.get(w) or self.peek(w) for w in run.wrapped]
+                out.append([v for v in views if v is not None])
+            if all(len(o) == len(r.wrapped) for o, r in zip(out, runs, strict=True)):
+                return out
+            # A key expired between the look and the answer: ask for it too.
+
+    async def _fetch(self, wanted: list[tuple[KeyRun, list[bytes]]]) -> dict[bytes, memoryview]:
+        """One round trip for all of `wanted`; the keys, by wrapped form."""
+        if not wanted:
+            return {}
+        event = trio.Event()
+        for _, wraps in wanted:
+            self._in_flight.update(dict.fromkeys(wraps, event))
+        try:
+            items = [
+                (run.log_id, run.purpose.value, run.kek_version, b"".join(wraps), run.first_block)
+                for run, wraps in wanted
+            ]
+            count = sum(len(wraps) for _, wraps in wanted)
+            self.statistics.misses += count
+            self.statistics.unwraps += count
+            self.statistics.round_trips += 1
+            answers = await self._upstream.unwrap(items)
+        finally:
+            for _, wraps in wanted:
+                for wrapped in wraps:
+                    self._in_flight.pop(wrapped, None)
+            event.set()
+        clear: list[bytes] = []
+        flat: list[bytes] = []
+        widths: list[int] = []
+        for (run, wraps), answer in zip(wanted, answers, strict=True):
+            width = NAMES_KEY_BYTES if run.purpose is Purpose.NAMES else DEK_BYTES
+            if answer is None or len(answer) != width * len(wraps):
+                raise Damaged("wrap", f"{run.purpose.value} key, blocks from {run.first_block}")
+            clear.append(answer)
+            flat += wraps
+            widths += [width] * len(wraps)
+        return self._store(b"".join(clear), flat, widths)[0]
+
+    async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
+        """See `DekProvider.generate`."""
+        self.statistics.round_trips += 1
+        kek_version, keys, joined = await self._upstream.generate(log_id, purpose.value, count)
+        names = purpose is Purpose.NAMES
+        wraps = _split(joined, WRAPPED_NAMES_BYTES if names else WRAPPED_BYTES)
+        views, batch = self._store(keys, wraps, [NAMES_KEY_BYTES if names else DEK_BYTES] * count)
+        fresh = FreshKeys(kek_version, [views[w] for w in wraps], wraps)
+        batch.stocks.append(fresh)
+        return fresh
+
+    # kits ------------------------------------------------------------------------------------------------------
+
+    def take_kit(self) -> Kit | None:
+        """See `DekProvider.take_kit`."""
+        while self._kits:
+            kit, batch = self._kits.popleft()
+            if len(self._kits) * 2 < self._kits_wanted:
+                self._refill.set()
+            if batch.deadline > self._monotonic() and batch.buffer:
+                return kit
+        return None
+
+    async def make_kit(self, *, directory: bool) -> Kit:
+        """See `DekProvider.make_kit`."""
+        if directory:
+            return (await self._new_kits(1, directory=True))[0][0]
+        while True:
+            kit = self.take_kit()
+            if kit is not None:
+                return kit
+            # Whoever creates this fast will create more.
+            self._kits_wanted = min(_KITS_MAX, self._kits_wanted * 2)
+            await self._fill_kits()
+
+    async def _fill_kits(self) -> None:
+        async with self._refilling:
+            count = self._kits_wanted - len(self._kits)
+            if count > 0:
+                self._kits.extend(await self._new_kits(count, directory=False))
+
+    async def _new_kits(self, count: int, *, directory: bool) -> list[tuple[Kit, _Batch]]:
+        self.statistics.round_trips += 1
+        deks = 0 if directory else _DEKS_PER_KIT
+        kek_version, raw = await self._upstream.kits(directory=directory, count=count, deks=deks)
+        clear: list[bytes] = []
+        wraps: list[bytes] = []
+        widths: list[int] = []
+        for _, log_key, log_wrapped, names_key, names_wrapped, dek_keys, dek_wraps in raw:
+            clear += [log_key, names_key, dek_keys]
+            wraps.append(log_wrapped)
+            widths.append(DEK_BYTES)
+            if directory:
+                assert len(names_wrapped) == WRAPPED_NAMES_BYTES
+                wraps.append(names_wrapped)
+                widths.append(NAMES_KEY_BYTES)
+            wraps += _split(dek_wraps, WRAPPED_BYTES)
+            widths += [DEK_BYTES] * deks
+        views, batch = self._store(b"".join(clear), wraps, widths)
+        out = []
+        for log_id, _, log_wrapped, _, names_wrapped, _, dek_wraps in raw:
+            ours = _split(dek_wraps, WRAPPED_BYTES)
+            fresh = None if directory else FreshKeys(kek_version, [views[w] for w in ours], ours)
+            if fresh is not None:
+                batch.stocks.append(fresh)
+            names_key_view = views[names_wrapped] if directory else None
+            kit = Kit(log_id, kek_version, views[log_wrapped], log_wrapped, names_key_view, names_wrapped or None, fresh)
+            out.append((kit, batch))
+        return out
+
+    # keeping and wiping ----------------------------------------------------------------------------------------
+
+    def _store(
+        self, clear: bytes, wraps: Sequence[bytes], widths: Sequence[int]
+    ) -> tuple[dict[bytes, memoryview], _Batch]:
+        now = self._monotonic()
+        caching = self.policy.caching
+        age_s = self.policy.max_age_s if caching else min(self.policy.max_age_s, SWEEP_INTERVAL_S)
+        batch = _Batch(bytearray(clear), now + age_s, list(wraps))
+        view = memoryview(batch.buffer)
+        views: dict[bytes, memoryview] = {}
+        at = 0
+        for wrapped, width in zip(wraps, widths, strict=True):
+            views[wrapped] = view[at : at + width]
+            at += width
+        if caching:
+            for wrapped, key in views.items():
+                self._slots[wrapped] = _Slot(key, batch)
+            while len(self._slots) > self.policy.max_entries and self._batches:
+                self._wipe(self._batches.popleft())
+        self._batches.append(batch)
+        return views, batch
+
+    def _wipe(self, batch: _Batch) -> None:
+        """Overwrite a batch and forget it. Views that are still held read zeros from now on, and stocks say so."""
+        if not batch.wraps:
+            return
+        batch.buffer[:] = bytes(len(batch.buffer))
+        for stock in batch.stocks:
+            stock.wiped = True
+        for wrapped in batch.wraps:
+            slot = self._slots.get(wrapped)
+            if slot is not None and slot.batch is batch:
+                del self._slots[wrapped]
+        self.statistics.expiries += len(batch.wraps)
+        batch.wraps = []
+        batch.deadline = float("-inf")
+
+    def sweep(self) -> None:
+        """Overwrite everything whose time is up."""
+        now = self._monotonic()
+        while self._batches and (self._batches[0].deadline <= now):
+            self._wipe(self._batches.popleft())
+
+    def wipe(self) -> None:
+        """Overwrite everything."""
+        while self._batches:
+            self._wipe(self._batches.popleft())
+        self._kits.clear()
+
+    async def serve(self) -> None:
+        """Sweep once a second and refill kits on demand, for ever. The agent being away is the next caller's problem, not this task's."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sweep_forever)
+            while True:
+                await self._refill.wait()
+                self._refill = trio.Event()
+                try:
+                    await self._fill_kits()
+                except CryptfsError:
+                    continue
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await trio.sleep(SWEEP_INTERVAL_S)
+            self.sweep()
+
+
+def _split(joined: bytes, width: int) -> list[bytes]:
+    return [joined[at : at + width] for at in range(0, len(joined), width)]

@@ -1,0 +1,109 @@
+"""The daemon's connection to the agent: made when needed, made anew when lost.
+
+While there is no agent, or it does not hold the volume's KEK, every request fails at once with `AgentUnavailable` or
+`VolumeLocked`; the first request after it is back finds it again. Nothing polls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from cryptfs.errors import AgentUnavailable
+from cryptfs.keys.agent_client import AgentClient, connect
+from cryptfs.keys.cache import KitBytes, UnwrapItem
+
+_KITS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """What the agent is told about this daemon when it attaches. `read_volume` gives the `volume` file's bytes now."""
+
+    volume_id: bytes
+    cipher_dir: str
+    mountpoint: str
+    read_volume: Callable[[], bytes]
+
+
+class AgentLink:
+    """`keys.cache.Upstream` for one mounted volume. `nursery` runs the connection's tasks.
+
+    `on_gone` is called when the agent locks the volume or the connection is lost.
+    """
+
+    def __init__(self, nursery: trio.Nursery, socket_path: str, mounted: Mounted, on_gone: Callable[[], None]) -> None:
+        self._nursery = nursery
+        self._socket_path = socket_path
+        self._mounted = mounted
+        self._on_gone = on_gone
+        self._client: AgentClient | None = None
+        self._connecting = trio.Lock()
+        self._closing = False
+
+    async def attach(self) -> None:
+        """Connect and attach now. Raises what `connect` and `AgentClient.attach` raise."""
+        await self._connected()
+
+    async def detach(self, *, keep: bool = False) -> None:
+        """Leave the agent: it forgets the KEK unless told to keep it. Never raises."""
+        self._closing = True
+        client, self._client = self._client, None
+        if client is not None:
+            try:
+                await client.detach(self._mounted.volume_id, keep=keep)
+            except AgentUnavailable:
+                return
+            finally:
+                client.close()
+
+    async def _connected(self) -> AgentClient:
+        client = self._client
+        if client is not None and not client.lost.is_set():
+            return client
+        if self._closing:
+            raise AgentUnavailable("the volume is being unmounted")
+        async with self._connecting:
+            client = self._client
+            if client is not None and not client.lost.is_set():
+                return client
+            client = await connect(self._nursery, self._socket_path, role="daemon", on_push=self._pushed)
+            mounted = self._mounted
+            try:
+                await client.attach(
+                    volume_id=mounted.volume_id, cipher_dir=mounted.cipher_dir, mountpoint=mounted.mountpoint,
+                    volume=mounted.read_volume(),
+                )  # fmt: skip
+            except BaseException:
+                client.close()
+                raise
+            self._client = client
+            self._nursery.start_soon(self._watch, client)
+            return client
+
+    async def _watch(self, client: AgentClient) -> None:
+        await client.lost.wait()
+        if not self._closing:
+            self._on_gone()
+
+    def _pushed(self, event: Mapping[str, Any]) -> None:
+        if event.get("event") == "locked" and event.get("volume_id") == self._mounted.volume_id:
+            self._on_gone()
+
+    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]:
+        """See `Upstream`."""
+        client = await self._connected()
+        return await client.unwrap(self._mounted.volume_id, items)
+
+    async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
+        """See `Upstream`."""
+        client = await self._connected()
+        return await client.generate(self._mounted.volume_id, log_id, purpose, count)
+
+    async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
+        """See `Upstream`; at most 256 at once."""
+        client = await self._connected()
+        return await client.kits(self._mounted.volume_id, directory=directory, count=min(count, _KITS_AT_ONCE), deks=deks)
