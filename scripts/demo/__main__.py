@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sqlite3
 import sys
 import time
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ def main() -> int:
             demo = Demo(volume, plain, chosen, progress)
             demo.run()
             shutil.rmtree(plain)
-    except CommandFailed as failure:
+    except (CommandFailed, OSError, sqlite3.Error) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -58,7 +58,8 @@ def glimpse(cipher_dir: Path, count: int) -> list[str]:
     """A few lines that show what the cipher directory looks like."""
     lines = [f"{path.name}{'/' if path.is_dir() else ''}" for path in sorted(cipher_dir.iterdir())]
     shown = ["cipher directory: " + "  ".join(lines)]
-    files = [path for path in sorted((cipher_dir / "tree").rglob("*")) if path.is_file() and path.name != ".dir"]
+    everything = sorted((cipher_dir / "tree").rglob("*"))
+    files = [path for path in everything if path.name != ".dir" and not path.is_symlink() and path.is_file()]
     for path in random.Random(4).sample(files, min(count, len(files))):
         with open(path, "rb") as file:
             start = file.read(88)[-24:].hex(" ", 2)

@@ -125,7 +125,7 @@ def database(root: Path, source: Source) -> str:
         reader.close()
         writer.close()
     if checks[0] != [("ok",)]:
-        raise AssertionError(f"integrity_check: {checks[0]}")
+        raise sqlite3.DatabaseError(f"integrity_check: {checks[0]}")
     return f"{mode} {seen_meanwhile} {checks} {totals}"
 
 
