@@ -4,7 +4,7 @@ main        the verbs, and how any exception becomes an exit code
 ui          the rules of output, and the only code that prints
 passphrase  the five ways a passphrase can come in
 processes   starting agent and daemon by exec, with an environment made for them
-agent       reaching the agent, starting it if needed
+key_agent   what the verbs ask of the agent; agent_process starts it
 mounts      what /proc says about mount points and daemons
 init, mount, umount, unlock, lock, status, info, agent_verbs    the verbs
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from cryptfs import paths
 from cryptfs.cli import processes
-from cryptfs.cli.advice import error_for, hinted
+from cryptfs.cli.advice import hinted
 from cryptfs.errors import AgentUnavailable, CryptfsError, NotPermitted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 AGENT_MODULE = "cryptfs.agent"
+ENDING_S = 5.0
 START_S = 20.0
 """How long an agent may take until it is ready, and how long to wait for another command that is starting one."""
 
@@ -47,20 +48,42 @@ def ensure_running() -> None:
     if is_running():
         return
     with _start_lock():
-        if not is_running():
-            start(exit_when_empty=True)
+        _start_unless_running(exit_when_empty=True)
+
+
+def _start_unless_running(*, exit_when_empty: bool) -> int:
+    """Start an agent; its pid, or 0 if one runs. One that is just ending holds the socket's lock: try again then."""
+    end = time.monotonic() + ENDING_S
+    while not is_running():
+        try:
+            return start(exit_when_empty=exit_when_empty)
+        except CryptfsError as error:
+            if type(error) is not CryptfsError or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+    return 0
 
 
 def run_background() -> int:
     """Start an agent that stays; returns its pid. Raises `CryptfsError` if one runs already, `AgentUnavailable`."""
+    _wait_for_ending()
     with _start_lock():
-        _refuse_second()
-        return start(exit_when_empty=False)
+        pid = _start_unless_running(exit_when_empty=False)
+    if not pid:
+        raise _second()
+    return pid
 
 
-def _refuse_second() -> None:
-    if is_running():
-        raise hinted(CryptfsError("an agent runs already"), "`cryptfs agent stop` ends it")
+def _wait_for_ending() -> None:
+    """An agent that a verb started and that holds nothing any more ends within a second, if nobody talks to it."""
+    from cryptfs.cli import key_agent
+
+    with processes.watched(key_agent.ending_pid()) as watch:
+        watch.has_ended(ENDING_S)
+
+
+def _second() -> CryptfsError:
+    return hinted(CryptfsError("an agent runs already"), "`cryptfs agent stop` ends it")
 
 
 def start(*, exit_when_empty: bool) -> int:
@@ -72,38 +95,37 @@ def start(*, exit_when_empty: bool) -> int:
     try:
         line = starting.wait_ready(START_S)
     except BaseException:
+        starting.process.terminate()
         starting.end()
         raise
     if line == "ready":
         starting.leave()
         return starting.process.pid
-    starting.end()
+    if line is None:
+        starting.process.terminate()
+    exit_code = starting.end()
     if line is None:
         raise hinted(AgentUnavailable(f"the key agent was not ready within {START_S:.0f} s"), _log_hint())
-    raise reported(line, "the key agent", AgentUnavailable, _log_hint())
-
-
-def reported(line: str, who: str, otherwise: type[CryptfsError], hint: str) -> CryptfsError:
-    """What a child said on its ready pipe, as an error: `error: <exit code> <message>`, or nothing because it ended."""
-    word, _, rest = line.partition(" ")
-    code, _, message = rest.partition(" ")
-    if word == "error:" and code.isdecimal() and message:
-        return error_for(int(code), message)
-    return hinted(otherwise(f"{who} ended before it was ready"), hint)
+    raise processes.reported(line, exit_code) or hinted(
+        AgentUnavailable("the key agent ended before it was ready"), _log_hint()
+    )
 
 
 def run_foreground() -> int:
     """Run an agent as a child of this command, ended by SIGINT or SIGTERM; returns its exit code. Raises as above."""
-    _refuse_second()
+    _wait_for_ending()
+    if is_running():
+        raise _second()
     starting = processes.start(AGENT_MODULE, ["--socket", paths.agent_socket(), "--foreground"], log_file=None)
     try:
         line = starting.wait_ready(START_S)
     except BaseException:
+        starting.process.terminate()
         starting.end()
         raise
     if line != "ready":
-        starting.end()
-        raise reported(line or "", "the key agent", AgentUnavailable, "it says why above")
+        exit_code = starting.end()
+        raise processes.reported(line or "", exit_code) or AgentUnavailable("the key agent was never ready")
     with processes.signals_passed_on(starting.process):
         return starting.process.wait()
 

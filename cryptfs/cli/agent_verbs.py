@@ -30,20 +30,19 @@ def run(*, foreground: bool) -> int:
 @agent.command()
 def stop() -> None:
     """Make the agent forget every key and end. Mounts stay; what needs a key fails there until `cryptfs unlock`."""
-    from cryptfs.cli import agent as client
-    from cryptfs.cli import agent_process, processes
+    from cryptfs.cli import agent_process, key_agent, processes
     from cryptfs.cli.advice import hinted
     from cryptfs.errors import AgentUnavailable
 
     if not agent_process.is_running():
         ui.note("no agent runs")
         return
-    pid = client.pid()
+    pid = key_agent.pid()
     with processes.watched(pid) as watch:
-        for volume in client.held():
+        for volume in key_agent.held():
             if volume.mountpoint:
                 ui.warning(f"{volume.mountpoint} stays mounted without a key")
-        client.stop()
+        key_agent.stop()
         if not watch.has_ended(STOP_S):
             slow = AgentUnavailable(f"the agent (process {pid}) forgot every key but has not ended")
             raise hinted(slow, f"kill {pid}")

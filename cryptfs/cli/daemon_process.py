@@ -9,7 +9,6 @@ from pathlib import Path
 from cryptfs import paths
 from cryptfs.cli import mounts, processes
 from cryptfs.cli.advice import hinted
-from cryptfs.cli.agent_process import reported
 from cryptfs.errors import CryptfsError, MountpointUnusable
 
 START_S = 60.0
@@ -62,15 +61,19 @@ def start(
     starting = processes.start(mounts.DAEMON_MODULE, arguments, log_file=None if foreground else log)
     try:
         line = starting.wait_ready(START_S)
+        if line == "ready":
+            _check_answers(mountpoint)
+            return starting
         if line is None:
             raise hinted(CryptfsError(f"the daemon was not ready within {START_S:.0f} s"), f"see {log}")
-        if line != "ready":
-            raise reported(line, "the daemon", CryptfsError, f"see {log}")
-        _check_answers(mountpoint)
     except BaseException:
+        starting.process.terminate()
         starting.end()
         raise
-    return starting
+    exit_code = starting.end()
+    raise processes.reported(line, exit_code) or hinted(
+        CryptfsError("the daemon ended before it was ready"), f"see {log}"
+    )
 
 
 def _check_answers(mountpoint: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cryptfs.cli import passphrase, ui
-from cryptfs.cli.sizes import BlockSize
+from cryptfs.cli.sizes import block_size_given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,8 @@ _MADE = ("volume", "volume.new", "state", "tree", "sidecars", "tmp")
 @click.argument("dir", type=click.Path(path_type=Path))
 @click.option(
     "--block-size",
-    type=BlockSize(),
+    metavar="N",
+    callback=block_size_given,
     default=DEFAULT_BLOCK_SIZE,
     show_default=True,
     help="Bytes per block: a power of two from 4K to 1M.",
@@ -52,14 +53,14 @@ def init(
     extpass: str | None,
 ) -> None:
     """Make a volume in DIR, which is created or must be empty."""
-    from cryptfs.cli import agent
+    from cryptfs.cli import key_agent
 
     sources = passphrase.choose(passfile, passfd, extpass)
     cipher_dir = Path(os.path.realpath(dir))
     _check_empty(cipher_dir)
     secret = passphrase.ask_new() if sources.is_prompt else sources.read()
     with ui.waiting("making the volume"), _all_or_nothing(cipher_dir):
-        agent.create_volume(cipher_dir, block_size=block_size, kdf_cost=kdf_cost, label=label, secret=secret)
+        key_agent.create_volume(cipher_dir, block_size=block_size, kdf_cost=kdf_cost, label=label, secret=secret)
     ui.done(f"{cipher_dir} is a volume now; `cryptfs mount {cipher_dir} MOUNTPOINT` shows what is in it")
 
 

@@ -16,18 +16,18 @@ def lock(dir_or_mountpoint: Path) -> None:
 
     A live mount stays, and what needs the key fails there until `cryptfs unlock`.
     """
-    from cryptfs.cli import agent
+    from cryptfs.cli import key_agent
 
-    if not agent.lock(_volume_id_of(dir_or_mountpoint)):
+    if not key_agent.lock(_volume_id_of(dir_or_mountpoint)):
         ui.note("it was locked already")
 
 
 def _volume_id_of(path: Path) -> bytes:
-    from cryptfs.cli import agent, mounts
+    from cryptfs.cli import key_agent, mounts
     from cryptfs.ops.info import read_volume
 
     located = mounts.resolved(path)
-    if (held := agent.find_mounted_on(located)) is not None:
+    if (held := key_agent.find_mounted_on(located)) is not None:
         return held.volume_id
-    daemon = next((daemon for daemon in mounts.running_daemons() if daemon.mountpoint == located), None)
+    daemon = mounts.daemon_of_mount(located)
     return read_volume(daemon.cipher_dir if daemon else located).volume_id

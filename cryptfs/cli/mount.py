@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 @click.option(
     "--max-age",
     metavar="S",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Seconds a block's key may stay with the daemon (default 60).",
+    type=click.FloatRange(min=0, min_open=True, max=7 * 86400),
+    help="Seconds a block's key may stay with the daemon (default 60, at most 7 days).",
 )
-@click.option("--max-entries", metavar="N", type=click.IntRange(min=1), help="Most keys the daemon may hold.")
+@click.option(
+    "--max-entries", metavar="N", type=click.IntRange(min=1024), help="Most keys the daemon may hold (at least 1024)."
+)
 @click.option("--max-uses", metavar="N", type=click.IntRange(min=1), help="Uses after which a key is asked for again.")
 @click.option("--no-cache", is_flag=True, help="Ask the agent for every key every time.")
 @passphrase.options
@@ -57,16 +59,15 @@ def mount(  # noqa: PLR0913  one parameter per option
 def _mount(
     cipher_dir: Path, mountpoint: Path, options: MountOptions, sources: passphrase.Sources, *, foreground: bool
 ) -> int:
-    from cryptfs.cli import agent, daemon_process, mounts, processes
+    from cryptfs.cli import daemon_process, key_agent, mounts, processes
     from cryptfs.cli.unlock import unlock_volume
     from cryptfs.errors import VolumeBusy
     from cryptfs.ops.info import read_volume
 
     volume = read_volume(cipher_dir)
     cipher_dir, mountpoint = Path(os.path.realpath(cipher_dir)), mounts.resolved(mountpoint)
-    held = agent.find(volume.volume_id)
-    if held is not None and held.mountpoint and not _is_left_dead(held.mountpoint):
-        raise VolumeBusy(f"the volume is mounted already, on {held.mountpoint}")
+    if (daemon := mounts.daemon_of_volume(cipher_dir)) is not None:
+        raise VolumeBusy(f"the volume is mounted already, on {daemon.mountpoint}")
     mounts.check_usable(mountpoint, cipher_dir)
     mounts.check_dependencies()
     unlocked_here = unlock_volume(cipher_dir, sources)
@@ -75,7 +76,7 @@ def _mount(
             starting = daemon_process.start(cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground)
     except BaseException:
         if unlocked_here:
-            agent.lock(volume.volume_id)
+            key_agent.lock(volume.volume_id)
         raise
     ui.done(f"{cipher_dir} is mounted on {mountpoint}")
     if not foreground:
@@ -83,9 +84,3 @@ def _mount(
         return 0
     with processes.signals_passed_on(starting.process):
         return starting.process.wait()
-
-
-def _is_left_dead(mountpoint: str) -> bool:
-    from cryptfs.cli import mounts
-
-    return mounts.mount_at(Path(mountpoint)) is None or mounts.is_dead(Path(mountpoint))

@@ -225,6 +225,16 @@ def running_daemons() -> list[Daemon]:
     return [daemon for daemon in maybe if daemon is not None]
 
 
+def daemon_of_volume(cipher_dir: Path) -> Daemon | None:
+    """The daemon of this user that serves the (resolved) cipher directory."""
+    return next((daemon for daemon in running_daemons() if daemon.cipher_dir == cipher_dir), None)
+
+
+def daemon_of_mount(mountpoint: Path) -> Daemon | None:
+    """The daemon of this user that serves the (resolved) mount point."""
+    return next((daemon for daemon in running_daemons() if daemon.mountpoint == mountpoint), None)
+
+
 def _daemon_of(pid: int) -> Daemon | None:
     with contextlib.suppress(OSError):
         if _effective_uid(pid) == os.geteuid():

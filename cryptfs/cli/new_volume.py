@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from cryptfs.keys.clock import SystemClock
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.ops.init import create_volume
 from cryptfs.store.local import LocalStore
-from cryptfs.store.local import LocalStore
 
 
 async def lay_out(cipher_dir: Path, volume_file: bytes, volume_id: bytes, client: AgentClient) -> None:
     """Fill the empty directory `cipher_dir`; every key comes from `client`, which holds the volume's KEK."""
-    clock = _SystemClock()
+    clock = SystemClock()
     keys = KeyCache(_Upstream(client, volume_id), CachePolicy(), clock)
     store = LocalStore(cipher_dir)
     try:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cryptfs
+from cryptfs.cli.advice import error_for
+from cryptfs.errors import CryptfsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +42,8 @@ _KEPT = frozenset(
 )
 _KEPT_PREFIXES = ("LC_", "XDG_")
 _READY_LIMIT_BYTES = 4096
+ENDING_S = 5.0
+"""How long a child may take to end by itself after it failed, and again after SIGTERM."""
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -82,14 +86,15 @@ class Starting:
             os.close(self.ready_fd)
         return said.split(b"\n", 1)[0].decode("utf-8", "replace")
 
-    def end(self) -> None:
-        """Make the child end: politely, then not."""
+    def end(self) -> int:
+        """Make the child end unless it is about to: politely, then not. Its exit code, negative after a signal."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(ENDING_S)
         self.process.terminate()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(ENDING_S)
+        self.process.kill()
+        return self.process.wait()
 
     def leave(self) -> None:
         """Let the child outlive this process."""
@@ -122,6 +127,20 @@ def start(module: str, arguments: Sequence[str], *, log_file: Path | None) -> St
         if stderr is not None:
             os.close(stderr)
     return Starting(process, read_fd)
+
+
+def reported(line: str, exit_code: int) -> CryptfsError | None:
+    """What a child said on its ready pipe as an error: `error: [exit code] message`; None if it said no such thing.
+
+    Without a code in the line, the one the child ended with counts.
+    """
+    word, _, rest = line.partition(" ")
+    if word != "error:" or not rest:
+        return None
+    code, _, message = rest.partition(" ")
+    if code.isdecimal() and message:
+        return error_for(int(code), message)
+    return error_for(exit_code, rest)
 
 
 @contextlib.contextmanager

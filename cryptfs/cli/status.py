@@ -34,34 +34,33 @@ def status(*, as_json: bool) -> None:
 
 
 def _volumes() -> list[dict[str, Any]]:
-    """As docs/CLI_ABI.md lists it: what the agent knows, then daemons it does not know (it died, or was stopped)."""
-    from cryptfs import paths
-    from cryptfs.cli import agent, mounts
+    """As docs/CLI_ABI.md lists it: what the agent knows, and what it does not know of running daemons.
 
-    held = agent.held()
+    A daemon is unknown to an agent that came after it, until something in the mount next needs a key.
+    """
+    from cryptfs import paths
+    from cryptfs.cli import key_agent, mounts
+
     volumes = [
         {
             "volume_id": volume.volume_id.hex(),
             "cipher_dir": volume.cipher_dir or None,
             "mountpoint": volume.mountpoint or None,
             "state": volume.state,
-            "daemon_pid": volume.daemon_pid or None,
+            "daemon_pid": volume.daemon_pid,
         }
-        for volume in held
+        for volume in key_agent.held()
     ]
-    known = {volume.daemon_pid for volume in held}
-    without_key = [
-        {
-            "volume_id": _volume_id(daemon.cipher_dir),
-            "cipher_dir": str(daemon.cipher_dir),
-            "mountpoint": str(daemon.mountpoint),
-            "state": "locked",
-            "daemon_pid": daemon.pid,
-        }
-        for daemon in mounts.running_daemons()
-        if daemon.agent_socket == Path(paths.agent_socket()) and daemon.pid not in known
-    ]
-    return volumes + without_key
+    for daemon in mounts.running_daemons():
+        if daemon.agent_socket != Path(paths.agent_socket()):
+            continue
+        volume_id = _volume_id(daemon.cipher_dir)
+        row = next((volume for volume in volumes if volume["volume_id"] == volume_id), None)
+        if row is None:
+            row = {"volume_id": volume_id, "state": "locked"}
+            volumes.append(row)
+        row |= {"cipher_dir": str(daemon.cipher_dir), "mountpoint": str(daemon.mountpoint), "daemon_pid": daemon.pid}
+    return volumes
 
 
 def _volume_id(cipher_dir: Path) -> str | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cryptfs.cli import ui
 
+if TYPE_CHECKING:
+    from cryptfs.cli.mounts import Daemon
+
 DAEMON_END_S = 120.0
 """How long a daemon may take to write everything back and end."""
-FORGET_S = 10.0
 
 
 @click.command()
@@ -18,7 +21,7 @@ FORGET_S = 10.0
 @click.option("--keep-unlocked", is_flag=True, help="Leave the volume's key in the agent.")
 def umount(mountpoint: Path, *, keep_unlocked: bool) -> None:
     """Unmount what is mounted on MOUNTPOINT; also clears a mount whose daemon was killed."""
-    from cryptfs.cli import agent, mounts
+    from cryptfs.cli import key_agent, mounts
     from cryptfs.cli.advice import hinted
     from cryptfs.errors import CryptfsError, MountpointUnusable
 
@@ -30,25 +33,37 @@ def umount(mountpoint: Path, *, keep_unlocked: bool) -> None:
     if mounts.clear_dead(located):
         ui.note(f"the daemon of {located} was gone; cleared what it left")
         return
-    held = agent.find_mounted_on(located)
-    daemon = next((daemon for daemon in mounts.running_daemons() if daemon.mountpoint == located), None)
+    daemon = mounts.daemon_of_mount(located)
+    volume_id = _volume_id(located, daemon)
     with mounts.watched(daemon) as watch:
-        if held is not None and keep_unlocked:
-            agent.keep(held.volume_id, keep=True)
+        if volume_id and keep_unlocked:
+            key_agent.keep(volume_id, keep=True)
         try:
             with ui.waiting(f"unmounting {located}"):
                 mounts.unmount(located)
         except BaseException:
-            if held is not None and keep_unlocked:
-                agent.keep(held.volume_id, keep=False)
+            if volume_id and keep_unlocked:
+                key_agent.keep(volume_id, keep=False)
             raise
         with ui.waiting("waiting for everything to be on disk"):
             if daemon is not None and not watch.has_ended(DAEMON_END_S):
                 slow = CryptfsError(f"{located} is unmounted, but its daemon (process {daemon.pid}) is still writing")
                 raise hinted(slow, "wait for the process to end before you take the disk away")
-    if (
-        held is not None
-        and not keep_unlocked
-        and not mounts.wait_until(lambda: not agent.is_unlocked(held.volume_id), FORGET_S)
-    ):
-        agent.lock(held.volume_id)
+    if volume_id and not keep_unlocked:
+        # The daemon has told the agent to forget; this is for one that could not, as the agent came after it.
+        key_agent.lock(volume_id)
+
+
+def _volume_id(mountpoint: Path, daemon: Daemon | None) -> bytes | None:
+    """The id of the volume mounted there, from the agent or, if that does not know, from the volume itself."""
+    from cryptfs.cli import key_agent
+    from cryptfs.errors import CryptfsError
+    from cryptfs.ops.info import read_volume
+
+    held = key_agent.find_mounted_on(mountpoint)
+    if held is not None or daemon is None:
+        return held.volume_id if held else None
+    try:
+        return read_volume(daemon.cipher_dir).volume_id
+    except CryptfsError:
+        return None  # the volume is damaged or gone by now; that must not keep it mounted

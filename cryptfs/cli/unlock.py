@@ -25,22 +25,22 @@ def unlock_volume(cipher_dir: Path, sources: passphrase.Sources) -> bool:
     The passphrase is asked for only then, and a wrong one typed at the prompt may be typed again. Raises `NotAVolume`,
     `VolumeDamaged`, `UnsupportedFormat`, `WrongSecret`, `AgentUnavailable`, `UsageError`.
     """
-    from cryptfs.cli import agent
+    from cryptfs.cli import key_agent
     from cryptfs.errors import CryptfsError
     from cryptfs.format.volume import parse_volume
     from cryptfs.ops.info import read_volume_file
 
     volume_file = read_volume_file(cipher_dir)
     volume_id = parse_volume(volume_file).volume_id
-    held = agent.find(volume_id)
-    if held is not None and held.is_unlocked:
+    held = key_agent.find(volume_id)
+    if held is not None and held.state == "unlocked":
         return False
     attempt = 1
     while True:
         secret = passphrase.ask() if sources.is_prompt else sources.read()
         try:
             with ui.waiting("unlocking"):
-                agent.unlock(volume_file, cipher_dir, secret)
+                key_agent.unlock(volume_file, cipher_dir, secret)
         except CryptfsError as failure:
             if not passphrase.is_retryable(sources, failure, attempt):
                 raise

@@ -26,6 +26,13 @@ def all_errors() -> set[type[errors.CryptfsError]]:
     return found
 
 
+def exit_code_of(cls: type[errors.CryptfsError]) -> int:
+    return cls.exit_code
+
+
+ERRORS: list[type[errors.CryptfsError]] = sorted(all_errors(), key=exit_code_of)
+
+
 def section(title: str) -> str:
     return DOCUMENT.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
@@ -66,11 +73,13 @@ def test_the_inherited_environment_is_what_is_documented() -> None:
     listed = re.search(r"nothing else of the environment: `([^`]+)`", section("Environment").replace("\n", " "))
     assert listed is not None
     names = listed[1].split()
-    given = dict.fromkeys([*names, "LC_ALL", "XDG_X", "CRYPTFS_PASSPHRASE", "CRYPTFS_OTHER", "LD_PRELOAD", "SECRET"], "x")
+    given = dict.fromkeys(
+        [*names, "LC_ALL", "XDG_X", "CRYPTFS_PASSPHRASE", "CRYPTFS_OTHER", "LD_PRELOAD", "SECRET"], "x"
+    )
     assert set(clean_environment(given)) == {*names, "LC_ALL", "XDG_X"}
 
 
-@pytest.mark.parametrize("cls", sorted(all_errors(), key=lambda cls: cls.exit_code), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", ERRORS, ids=lambda cls: cls.__name__)
 def test_an_error_crosses_a_process_border_by_its_code(cls: type[errors.CryptfsError]) -> None:
     again = error_for(cls.exit_code, "said there")
     assert type(again) is cls

@@ -76,7 +76,9 @@ def test_people_get_lines_without_control_characters(cryptfs: Cryptfs, volume_fi
     [(0, b"X", 11), (9, b"\x01", 12), (20, b"\xff", 11), (-33, None, 11)],
     ids=["magic", "newer format", "body", "cut short"],
 )
-def test_a_file_that_cannot_be_read(cryptfs: Cryptfs, volume_file: Path, offset: int, value: bytes | None, code: int) -> None:
+def test_a_file_that_cannot_be_read(
+    cryptfs: Cryptfs, volume_file: Path, offset: int, value: bytes | None, code: int
+) -> None:
     data = bytearray(volume_file.read_bytes())
     if value is None:
         del data[offset:]
@@ -96,7 +98,11 @@ def test_an_unknown_feature_is_refused(cryptfs: Cryptfs, volume_file: Path) -> N
 
 def test_what_is_no_volume(cryptfs: Cryptfs, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path, why in ((tmp_path, "holds no file"), (tmp_path / "x", "does not exist"), (tmp_path / "file", "no directory")):
+    for path, why in (
+        (tmp_path, "holds no file"),
+        (tmp_path / "x", "does not exist"),
+        (tmp_path / "file", "no directory"),
+    ):
         assert why in cryptfs.run("info", path, code=10).stderr
         with pytest.raises(NotAVolume, match=why):
             read_info(path)

@@ -23,7 +23,11 @@ def failing_with(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> Non
 @pytest.mark.parametrize(
     ("failure", "code", "said"),
     [
-        (errors.VolumeBusy("it is mounted"), 14, "error: it is mounted\nhint: `cryptfs status` shows where it is mounted\n"),
+        (
+            errors.VolumeBusy("it is mounted"),
+            14,
+            "error: it is mounted\nhint: `cryptfs status` shows where it is mounted\n",
+        ),
         (ExceptionGroup("", [ExceptionGroup("", [errors.CryptfsError("deep")])]), 1, "error: deep\n"),
         (ExceptionGroup("", [ValueError("x"), errors.CryptfsError("ours")]), 1, "error: ours\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
@@ -66,7 +70,13 @@ def test_debug_after_the_verb_is_the_verbs_own(
 
 @pytest.mark.parametrize(
     "words",
-    [["nonsense"], ["mount"], ["init", "x", "--block-size", "5"], ["status", "--yaml"], ["mount", "a", "b", "--max-age", "0"]],
+    [
+        ["nonsense"],
+        ["mount"],
+        ["init", "x", "--block-size", "5"],
+        ["status", "--yaml"],
+        ["mount", "a", "b", "--max-age", "0"],
+    ],
 )
 def test_wrong_words_are_a_usage_error(cryptfs: Cryptfs, words: list[str]) -> None:
     ended = cryptfs.run(*words, code=2)
@@ -84,7 +94,9 @@ def test_help_and_version(cryptfs: Cryptfs) -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_fault_of_ours(cryptfs: Cryptfs) -> None:
-    with subprocess.Popen(cryptfs.command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        cryptfs.command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()

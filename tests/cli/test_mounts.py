@@ -62,7 +62,7 @@ def test_an_empty_directory_is_usable(tmp_path: Path) -> None:
 
 
 def test_what_is_no_mount_point(tmp_path: Path) -> None:
-    cipher_dir, mountpoint = usable(tmp_path)
+    cipher_dir, _ = usable(tmp_path)
     inside = cipher_dir / "tree"
     inside.mkdir()
     full = tmp_path / "full"
@@ -111,7 +111,7 @@ def test_a_dead_mount_is_known_by_its_errno(monkeypatch: pytest.MonkeyPatch) -> 
         def fail(path: Path) -> None:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(mounts.os, "stat", fail)
+        monkeypatch.setattr("os.stat", fail)
 
     stat_fails(errno.ENOTCONN)
     assert mounts.is_dead(Path("/x"))
@@ -165,7 +165,10 @@ def child(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> process
 
 def test_a_child_says_when_it_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CRYPTFS_PASSPHRASE", "hunter2")
-    code = "print(sorted(os.environ), os.getcwd(), os.getsid(0) == os.getpid(), file=sys.stderr)\nos.write(fd, b'ready\\n')"
+    code = """
+print(sorted(os.environ), os.getcwd(), os.getsid(0) == os.getpid(), file=sys.stderr)
+os.write(fd, b'ready\\n')
+"""
     starting = child(code, tmp_path, monkeypatch)
     assert starting.wait_ready(30) == "ready"
     assert starting.process.wait(30) == 0

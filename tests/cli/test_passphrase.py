@@ -61,7 +61,7 @@ def test_a_file_and_a_descriptor_lose_one_newline(tmp_path: Path, content: bytes
 def test_empty_and_endless_passphrases_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "pass"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="empty|longer"):
+    with pytest.raises(UsageError, match=r"empty|longer"):
         from_file(path)
 
 
@@ -98,7 +98,12 @@ def test_a_command_gives_its_first_line(command: str, secret: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("command", "why"),
-    [("exit 3", "status 3"), ("echo secret; exit 1", "status 1"), ("true", "empty"), ("yes | tr -d '\\n'", "status|longer")],
+    [
+        ("exit 3", "status 3"),
+        ("echo secret; exit 1", "status 1"),
+        ("true", "empty"),
+        ("yes | tr -d '\\n'", "status|longer"),
+    ],
 )
 def test_a_command_that_fails_gives_none(command: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
@@ -109,7 +114,9 @@ def test_the_variable_is_taken_out_of_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setenv(passphrase.ENVIRONMENT_VARIABLE, "secret\n")
     passphrase.claim_environment()
     assert passphrase.ENVIRONMENT_VARIABLE not in os.environ
-    seen = subprocess.run([sys.executable, "-c", "import os; print(*os.environ)"], capture_output=True, check=True).stdout
+    seen = subprocess.run(
+        [sys.executable, "-c", "import os; print(*os.environ)"], capture_output=True, check=True
+    ).stdout
     assert b"CRYPTFS_PASSPHRASE" not in seen
     sources = passphrase.choose(None, None, None)
     assert sources.read() == b"secret\n"

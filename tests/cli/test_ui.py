@@ -67,5 +67,5 @@ def test_a_closed_stderr_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr("sys.stderr", closed)
-    monkeypatch.setattr(ui, "is_fancy", lambda stream: False)
+    monkeypatch.setattr(ui, "is_fancy", lambda _stream: False)
     ui.error("nobody hears this")

@@ -1,0 +1,153 @@
+"""What the verbs ask of the agent, each a plain function: connect, one or two requests, disconnect.
+
+Functions that only look (`held`, `find`, ...) take "no agent runs" for "nothing is held"; only those that bring a key
+in start an agent. One that is just ending may close the door on us: connecting is tried again, requests are not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from cryptfs import paths
+from cryptfs.cli import agent_process
+from cryptfs.errors import AgentUnavailable
+from cryptfs.keys.agent_client import AgentClient, VolumeStatus, open_agent
+
+T = TypeVar("T")
+Request = Callable[[AgentClient], Awaitable[T]]
+
+CONNECT_ATTEMPTS = 3
+
+
+class _NotReachedError(Exception):
+    """No connection to an agent came about: nothing was asked yet."""
+
+
+async def _once(request: Request[T]) -> T:
+    reached = False
+    try:
+        async with open_agent(paths.agent_socket()) as client:
+            reached = True
+            return await request(client)
+    except AgentUnavailable as error:
+        if reached:
+            raise
+        raise _NotReachedError(str(error)) from error
+
+
+def _ask(request: Request[T]) -> T:
+    """Ask an agent, starting one if needed. Raises what the request raises, or `AgentUnavailable`."""
+    why = ""
+    for _attempt in range(CONNECT_ATTEMPTS):
+        agent_process.ensure_running()
+        try:
+            return trio.run(_once, request)
+        except _NotReachedError as error:
+            why = str(error)
+            time.sleep(0.1)
+    raise AgentUnavailable(why)
+
+
+def _ask_running(request: Request[T], otherwise: T) -> T:
+    """Ask the agent if one runs; `otherwise` if none does."""
+    if not agent_process.is_running():
+        return otherwise
+    try:
+        return trio.run(_once, request)
+    except _NotReachedError:
+        return otherwise
+
+
+def held() -> Sequence[VolumeStatus]:
+    """The volumes that the agent holds a key for or that are attached to it."""
+
+    async def request(client: AgentClient) -> Sequence[VolumeStatus]:
+        return (await client.status()).volumes
+
+    return _ask_running(request, ())
+
+
+def pid() -> int | None:
+    """The agent's process, if one runs."""
+
+    async def request(client: AgentClient) -> int | None:
+        return (await client.status()).pid
+
+    return _ask_running(request, None)
+
+
+def ending_pid() -> int | None:
+    """The process of an agent that will end by itself in a moment, as it holds nothing."""
+
+    async def request(client: AgentClient) -> int | None:
+        status = await client.status()
+        return status.pid if status.exit_when_empty and not status.volumes else None
+
+    return _ask_running(request, None)
+
+
+def find(volume_id: bytes) -> VolumeStatus | None:
+    """What the agent knows of a volume."""
+    return next((volume for volume in held() if volume.volume_id == volume_id), None)
+
+
+def find_mounted_on(mountpoint: Path) -> VolumeStatus | None:
+    """The volume whose daemon said that it is mounted on exactly this path."""
+    return next((volume for volume in held() if volume.mountpoint == str(mountpoint)), None)
+
+
+def is_unlocked(volume_id: bytes) -> bool:
+    """Whether the agent holds the volume's KEK."""
+    volume = find(volume_id)
+    return volume is not None and volume.state == "unlocked"
+
+
+def unlock(volume_file: bytes, cipher_dir: Path, secret: bytes) -> None:
+    """Unlock a volume. Raises `WrongSecret`, `VolumeDamaged`, `UnsupportedFormat`, `AgentUnavailable`."""
+    _ask(lambda client: client.unlock(volume=volume_file, cipher_dir=str(cipher_dir), secret=secret))
+
+
+def lock(volume_id: bytes) -> bool:
+    """Make the agent forget the volume's KEK; whether it held one."""
+    return _ask_running(lambda client: client.lock(volume_id), otherwise=False)
+
+
+def keep(volume_id: bytes, *, keep: bool) -> None:
+    """Whether the KEK stays when the volume's daemon ends."""
+
+    async def request(client: AgentClient) -> None:
+        await client.request("keep", {"volume_id": volume_id, "keep": keep})
+
+    _ask_running(request, None)
+
+
+def stop() -> None:
+    """Make the agent forget every key and end."""
+    _ask_running(AgentClient.stop, None)
+
+
+def create_volume(cipher_dir: Path, *, block_size: int, kdf_cost: str, label: str, secret: bytes) -> None:
+    """Make a new volume in the empty directory `cipher_dir`; it is locked again afterwards.
+
+    Raises `AgentUnavailable`, `StoreFailed`, `Denied`.
+    """
+    from cryptfs.cli.new_volume import lay_out
+    from cryptfs.format.volume import parse_volume
+
+    async def request(client: AgentClient) -> None:
+        volume_file = await client.create(
+            block_size=block_size, kind="passphrase", kdf_cost=kdf_cost, label=label, secret=secret
+        )
+        volume_id = parse_volume(volume_file).volume_id
+        try:
+            await lay_out(cipher_dir, volume_file, volume_id, client)
+        finally:
+            with trio.CancelScope(shield=True):
+                await client.lock(volume_id)
+
+    _ask(request)

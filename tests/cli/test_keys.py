@@ -1,0 +1,246 @@
+"""`unlock`, `lock`, `status` and `agent`, on a real agent and without a mount."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cryptfs import paths
+from cryptfs.cli import processes
+from cryptfs.cli.mounts import wait_until
+from tests.cli.conftest import PASSPHRASE, Cryptfs
+
+
+@pytest.fixture
+def vault(cryptfs: Cryptfs) -> Path:
+    path = cryptfs.root / "vault"
+    cryptfs.run("init", "--kdf-cost", "low", path, passphrase=PASSPHRASE)
+    assert wait_until(lambda: not agent_pids(cryptfs), 30), "the agent that init started has not ended"
+    return path
+
+
+def listed(cryptfs: Cryptfs) -> list[dict[str, Any]]:
+    volumes: list[dict[str, Any]] = json.loads(cryptfs.run("status", "--json").stdout)
+    return volumes
+
+
+def agent_pids(cryptfs: Cryptfs) -> list[int]:
+    socket_path = os.fsencode(paths.agent_socket())
+    pids = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"cryptfs.agent" in words and socket_path in words:
+                pids.append(int(name))
+    return pids
+
+
+@contextmanager
+def ended_after(pids: list[int]) -> Iterator[None]:
+    """The one process in `pids` ends by what is done inside."""
+    assert len(pids) == 1
+    with processes.watched(pids[0]) as watch:
+        yield
+        assert watch.has_ended(20), "the agent has not ended"
+
+
+def test_no_agent_means_an_empty_list(cryptfs: Cryptfs) -> None:
+    assert listed(cryptfs) == []
+    ended = cryptfs.run("status")
+    assert ended.stdout == ""
+    assert "no volume" in ended.stderr
+    assert agent_pids(cryptfs) == []
+
+
+def test_unlock_status_lock(cryptfs: Cryptfs, vault: Path) -> None:
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    volume_id = json.loads(cryptfs.run("info", vault, "--json").stdout)["volume_id"]
+    assert listed(cryptfs) == [
+        {
+            "volume_id": volume_id,
+            "cipher_dir": str(vault),
+            "mountpoint": None,
+            "state": "unlocked",
+            "daemon_pid": None,
+        }
+    ]
+    shown = cryptfs.run("status").stdout
+    assert shown.startswith("VOLUME ")
+    assert f"{volume_id}  unlocked  {vault}  -" in shown
+    assert "unlocked already" in cryptfs.run("unlock", vault).stderr, "no passphrase is needed the second time"
+    with ended_after(agent_pids(cryptfs)):  # it was started for this, and now holds nothing
+        cryptfs.run("lock", vault)
+    assert listed(cryptfs) == []
+    assert "locked already" in cryptfs.run("lock", vault).stderr
+
+
+def test_lock_needs_a_volume(cryptfs: Cryptfs) -> None:
+    cryptfs.run("lock", cryptfs.root, code=10)
+    cryptfs.run("lock", cryptfs.root / "missing", code=10)
+
+
+@pytest.mark.parametrize("words", [("unlock",), ("mount",)])
+def test_a_wrong_passphrase(cryptfs: Cryptfs, vault: Path, words: tuple[str, ...]) -> None:
+    clear = cryptfs.root / "clear"
+    clear.mkdir()
+    rest = [clear] if words == ("mount",) else []
+    ended = cryptfs.run(*words, vault, *rest, passphrase="wrong", code=13)
+    assert ended.stderr.startswith("error: ")
+    assert "hint: " in ended.stderr
+    assert listed(cryptfs) == []
+
+
+def test_what_is_no_volume(cryptfs: Cryptfs) -> None:
+    cryptfs.run("unlock", cryptfs.root, passphrase="x", code=10)
+    cryptfs.run("mount", cryptfs.root / "missing", cryptfs.root, passphrase="x", code=10)
+
+
+def test_an_edited_volume_file(cryptfs: Cryptfs, vault: Path) -> None:
+    file = vault / "volume"
+    data = bytearray(file.read_bytes())
+    at = data.index(b"created_s") + 9 + 4
+    data[at] ^= 1  # the last byte of a time: parses, but is not what was signed
+    file.write_bytes(data)
+    cryptfs.run("info", vault)
+    ended = cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=11)
+    assert "hint: put back" in ended.stderr
+    assert listed(cryptfs) == []
+
+
+def test_a_newer_format(cryptfs: Cryptfs, vault: Path) -> None:
+    data = bytearray((vault / "volume").read_bytes())
+    data[9] = 1
+    (vault / "volume").write_bytes(data)
+    assert "format version 1" in cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=12).stderr
+
+
+def test_each_source_unlocks(cryptfs: Cryptfs, vault: Path) -> None:
+    passfile = cryptfs.root / "pass"
+    passfile.write_text(PASSPHRASE + "\n")
+    passfile.chmod(0o600)
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, PASSPHRASE.encode())
+    os.close(write_fd)
+    try:
+        for words in (["--passfile", passfile], ["--passfd", str(read_fd)], ["--extpass", f"cat {passfile}"]):
+            assert cryptfs.run("unlock", vault, *words, pass_fds=(read_fd,)).stderr == ""
+            cryptfs.run("lock", vault)
+    finally:
+        os.close(read_fd)
+    ended = cryptfs.run("unlock", vault, "--passfile", passfile, passphrase=PASSPHRASE, code=2)
+    assert "more than one source" in ended.stderr
+
+
+def test_without_a_source_and_a_terminal_there_is_advice(cryptfs: Cryptfs, vault: Path) -> None:
+    ended = cryptfs.run("unlock", vault, code=2)
+    assert "no terminal" in ended.stderr
+    assert "hint: give it with --passfile" in ended.stderr
+    assert agent_pids(cryptfs) == [], "no agent is started before there is a passphrase"
+
+
+def test_a_person_may_try_three_times(cryptfs: Cryptfs, vault: Path) -> None:
+    with cryptfs.on_terminal("unlock", vault) as terminal:
+        terminal.expect("Passphrase: ")
+        terminal.enter("wrong")
+        terminal.expect("try again")
+        terminal.expect("Passphrase: ")
+        terminal.enter(PASSPHRASE)
+        assert terminal.ended() == 0
+    cryptfs.run("lock", vault)
+    with cryptfs.on_terminal("unlock", vault) as terminal:
+        for _ in range(3):
+            terminal.expect("Passphrase: ")
+            terminal.enter("wrong")
+        terminal.expect("hint:")
+        assert terminal.ended() == 13
+
+
+def test_agent_run_stays_and_stop_ends_it(cryptfs: Cryptfs, vault: Path) -> None:
+    cryptfs.run("agent", "run")
+    pids = agent_pids(cryptfs)
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    cryptfs.run("lock", vault)
+    assert agent_pids(cryptfs) == pids, "unlock used the agent that was there, and lock left it"
+    ended = cryptfs.run("agent", "run", code=1)
+    assert "an agent runs already" in ended.stderr
+    cryptfs.run("agent", "run", "--foreground", code=1)
+    with ended_after(pids):
+        cryptfs.run("agent", "stop")
+    assert "no agent runs" in cryptfs.run("agent", "stop").stderr
+
+
+def test_agent_in_the_foreground_ends_with_the_command(cryptfs: Cryptfs) -> None:
+    with subprocess.Popen(
+        cryptfs.command("agent", "run", "-f"), stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert wait_until(is_answering, 30)
+        with ended_after(agent_pids(cryptfs)):
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+
+
+def is_answering() -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(paths.agent_socket()) == 0
+
+
+def test_commands_at_the_same_moment_start_one_agent(cryptfs: Cryptfs, vault: Path) -> None:
+    environment = {**os.environ, "CRYPTFS_PASSPHRASE": PASSPHRASE}
+    running = [
+        subprocess.Popen(cryptfs.command("unlock", vault), env=environment, stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * 4, said
+    assert len(agent_pids(cryptfs)) == 1
+    assert [volume["state"] for volume in listed(cryptfs)] == ["unlocked"]
+    cryptfs.run("lock", vault)
+
+
+def test_a_killed_agent_is_replaced(cryptfs: Cryptfs, vault: Path) -> None:
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    pids = agent_pids(cryptfs)
+    with ended_after(pids):
+        os.kill(pids[0], signal.SIGKILL)
+    assert listed(cryptfs) == []
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    assert [volume["state"] for volume in listed(cryptfs)] == ["unlocked"]
+    cryptfs.run("lock", vault)
+
+
+def test_an_agent_that_sends_rubbish(cryptfs: Cryptfs, vault: Path) -> None:
+    code = (
+        "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen()\nprint(flush=True)\n"
+        "while True:\n c, _ = s.accept()\n c.recv(9)\n c.sendall(b'HTTP/1.1 200 OK')\n c.close()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, paths.agent_socket()], stdout=subprocess.PIPE) as impostor:
+        assert impostor.stdout is not None
+        impostor.stdout.readline()
+        ended = cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=16)
+        impostor.kill()
+    os.unlink(paths.agent_socket())
+    assert "error: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_passphrase_is_nowhere_but_where_it_was_given(cryptfs: Cryptfs, vault: Path) -> None:
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    for pid in agent_pids(cryptfs):
+        for name in ("cmdline", "environ"):
+            assert PASSPHRASE.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+        assert b"CRYPTFS_PASSPHRASE" not in Path(f"/proc/{pid}/environ").read_bytes()
+    for log in Path(paths.state_dir()).rglob("*.log"):
+        assert PASSPHRASE not in log.read_text()
+    cryptfs.run("lock", vault)
