@@ -110,7 +110,7 @@ class AgentClient:
         self._sock = sock
         self._on_push = on_push
         self.linger = linger
-        """Whether a lone short request may hold up the loop for its answer, 1 ms at most. Clear it while there is other work."""
+        """Whether a lone short request may hold up the loop for its answer, 1 ms at most; clear it if others wait."""
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._lingers = 0
