@@ -14,13 +14,14 @@ NOT_IN_THE_DAEMON = (
     "cryptfs.agent",
     "cryptfs.roots",
     "cryptfs.cli",
-    "cryptfs.ops",
     "cryptfs.crypto.wrap",
     "cryptography.hazmat.primitives.kdf",
     "cryptography.hazmat.primitives.keywrap",
+    "argon2",
     "click",
     "zxcvbn",
 )
+GUARDED = tuple(name for name in NOT_IN_THE_DAEMON if name not in {"click", "zxcvbn"})
 NOT_IN_THE_AGENT = ("cryptfs.fs", "cryptfs.fuse", "cryptfs.daemon", "cryptfs.cli", "cryptfs.store", "pyfuse3", "click")
 
 
@@ -67,3 +68,18 @@ def test_a_command_starts_without_the_file_system(module: str) -> None:
     loaded = loaded_by(module)
     assert module in loaded
     assert within(loaded, "cryptfs.fs") | within(loaded, "cryptfs.fuse") | within(loaded, "zxcvbn") == set()
+
+
+@pytest.mark.parametrize("package", GUARDED)
+def test_the_guard_refuses_such_code_even_when_asked_for_later(package: str) -> None:
+    script = f"from cryptfs.daemon import guard; guard.install()\nimport {package}"
+    refused = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert f"ImportError: {package} must not be imported in the daemon" in refused.stderr
+
+
+def test_the_guard_notices_that_it_comes_too_late() -> None:
+    script = "import cryptfs.crypto.wrap\nfrom cryptfs.daemon import guard; guard.install()"
+    refused = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "is loaded already" in refused.stderr
