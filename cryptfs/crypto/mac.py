@@ -13,7 +13,7 @@ MAC_BYTES = 32
 def mac(key: Buffer, *parts: Buffer) -> bytes:
     """32 bytes: HMAC-SHA256 of the parts joined."""
     # One shot in C; `cryptography`'s HMAC object computes the same with three calls.
-    return hmac.digest(key, b"".join(parts), "sha256")  # type: ignore[arg-type]
+    return hmac.digest(key, b"".join(parts), "sha256")
 
 
 def same(a: bytes, b: bytes) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -119,6 +119,25 @@ class FsContext:
     async def in_thread(self, call: Callable[..., T], *args: object) -> T:
         """Run a call that may wait for the disk. Not cancelled half-way: what it did must be known."""
         return await trio.to_thread.run_sync(call, *args, limiter=self.threads)
+
+    async def in_threads(self, calls: Sequence[tuple[Callable[[int], None], int]]) -> None:
+        """Run several such calls at the same time. All are waited for; raises the first OSError."""
+        if len(calls) == 1:
+            await self.in_thread(*calls[0])
+            return
+        errors: list[OSError] = []
+
+        async def one(call: Callable[[int], None], fd: int) -> None:
+            try:
+                await self.in_thread(call, fd)
+            except OSError as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for call, fd in calls:
+                nursery.start_soon(one, call, fd)
+        if errors:
+            raise errors[0]
 
     def dir_fd(self, *names: bytes) -> int:
         """A descriptor of one of the volume's own directories (`tree`, `sidecars/ab`, `tmp`), kept open."""

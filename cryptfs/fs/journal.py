@@ -147,12 +147,7 @@ class Journal:
         if self._sidecar_new or state.twin_new:
             calls.append((store.fsync, self.ctx.sidecar_dir(state.file_id)))
         try:
-            if len(calls) == 1:
-                await self.ctx.in_thread(*calls[0])
-            elif calls:
-                async with trio.open_nursery(strict_exception_groups=False) as nursery:
-                    for call in calls:
-                        nursery.start_soon(self.ctx.in_thread, *call)
+            await self.ctx.in_threads(calls)
             if not self.entry_durable:
                 await self.sync_entry()
         except OSError as error:

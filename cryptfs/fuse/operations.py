@@ -150,11 +150,11 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def rename(
-        self, parent_inode_old: InodeT, name_old: str, parent_inode_new: InodeT, name_new: str, flags: FlagT,
+        self, parent_inode_old: InodeT, name_old: FileNameT, parent_inode_new: InodeT, name_new: FileNameT, flags: FlagT,
         ctx: RequestContext,
     ) -> None:  # fmt: skip
         old, new = self._inodes.get(parent_inode_old), self._inodes.get(parent_inode_new)
-        await self._names.rename(old, _bytes(name_old), new, _bytes(name_new), flags)
+        await self._names.rename(old, name_old, new, name_new, flags)
 
     # files -----------------------------------------------------------------------------------------------------
 
@@ -289,10 +289,4 @@ def _listed(attr: Attr | None) -> EntryAttributes:
 
 def _file_info(ino: int) -> FileInfo:
     return FileInfo(fh=pyfuse3.FileHandleT(ino), keep_cache=True)
-
-
-def _bytes(name: str | bytes) -> bytes:
-    # pyfuse3's annotation says str; what arrives is bytes.
-    return name if isinstance(name, bytes) else os.fsencode(name)
-
 

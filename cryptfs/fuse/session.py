@@ -47,12 +47,11 @@ class FuseSession:
 
     def _raise_read_ahead(self) -> None:
         """Larger reads cost fewer requests; only root may ask for them, so failing is fine."""
-        device = os.lstat(self._mountpoint).st_dev if os.geteuid() == 0 else None
-        if device is None:
+        device = _device_of(self._mountpoint)
+        if device is None or os.geteuid() != 0:
             return
         try:
-            knob = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
-            knob.write_text(str(_READ_AHEAD_KIB))
+            Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(str(_READ_AHEAD_KIB))
         except OSError as error:
             log.info("read-ahead stays as it is: %s", error.strerror)
 
@@ -71,6 +70,17 @@ class FuseSession:
         if busy:
             log.warning("the mount is in use, detaching it")
             pyfuse3.terminate()
+
+
+def _device_of(mountpoint: str) -> str | None:
+    """major:minor of the mount, from mountinfo (proc(5)): asking the mount itself would wait for this very thread."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            fields = line.split(b" ")
+            where = fields[4].decode("unicode_escape").encode("latin-1")
+            if where == os.fsencode(os.path.abspath(mountpoint)):
+                return fields[2].decode()
+    return None
 
 
 def _sync_mount(mountpoint: str) -> None:

@@ -383,7 +383,15 @@ class MemoryFiles:
     def chown(self, dir_fd: int, name: bytes, uid: int, gid: int) -> None:
         """fchownat(2) with AT_SYMLINK_NOFOLLOW; -1 leaves an id as it is."""
         self._enter("chown")
-        inode = self._find(dir_fd, name)
+        self._set_owner(self._find(dir_fd, name), uid, gid)
+
+    @store_call
+    def fchown(self, fd: int, uid: int, gid: int, /) -> None:
+        """Set owner and group by descriptor."""
+        self._enter("fchown")
+        self._set_owner(self._file(fd).inode, uid, gid)
+
+    def _set_owner(self, inode: Inode, uid: int, gid: int) -> None:
         a = inode.attributes
         uid, gid = (a.uid if uid == -1 else uid), (a.gid if gid == -1 else gid)
         inode.attributes = replace(a, uid=uid, gid=gid, ctime_ns=self.disk.tick())
