@@ -52,6 +52,7 @@ class LocalStore:
         self.fstat = os.fstat
         self.fstatvfs = os.fstatvfs
         self.fchmod = os.fchmod
+        self.fchown = os.fchown
 
     def root(self) -> int:
         """The cipher directory's descriptor; it stays the store's."""
