@@ -111,6 +111,9 @@ class Files:
     async def setattr(self, inode: Inode, want: Changes) -> Attr:
         """Change attributes, size first. Raises OSError and what `FileNode.truncate` raises."""
         store = self.ctx.store
+        if inode.last_st is not None and inode.file is None and inode.kind != Kind.DIR:
+            # Its last name and its last opening are gone; the kernel still writes back what it kept of its times.
+            return await self.attr(inode)
         if want.size is not None:
             await self._set_size(inode, want.size)
         if inode.file is not None:
