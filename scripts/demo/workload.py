@@ -178,7 +178,7 @@ def rename(root: Path, source: Source) -> str:
         temporary = target.with_name(f".{target.name}.tmp")
         shutil.copyfile(replacement, temporary)
         os.replace(temporary, target)
-    shutil.copytree(root / "src" / "tests" if source.package == "django" else moved / "json", root / "to-delete")
+    shutil.copytree(next(path for path in sorted(moved.iterdir()) if path.is_dir()), root / "to-delete")
     shutil.rmtree(root / "to-delete")
     return str(len(modules))
 
