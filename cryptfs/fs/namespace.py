@@ -81,7 +81,16 @@ class Namespace:
             raise Damaged("exchanged", "an entry is of another kind than .dir says")
         inode = self.inodes.meet(st.st_ino, entry.kind, entry.log_id, parent, name)
         inode.last_st = None
-        return await self.files.attr_of(inode, node, name, st)
+        # Held meanwhile: finding the attributes out may open and release the file, and nobody else may know it yet.
+        inode.lookups += 1
+        try:
+            attr = await self.files.attr_of(inode, node, name, st)
+        except BaseException:
+            inode.lookups -= 1
+            self.inodes.release(inode)
+            raise
+        inode.lookups -= 1
+        return attr
 
     async def listing(self, inode: Inode) -> list[Entry]:
         """The directory's entries now, in a stable order: what one pass of readdir walks over."""
@@ -221,7 +230,9 @@ class Namespace:
         """A fifo, socket or device; a regular file as `create` makes it."""
         if stat.S_ISREG(mode) or stat.S_IFMT(mode) == 0:
             attr, _ = await self.create(parent, name, mode, owner)
+            attr.inode.lookups += 1
             await self.files.release(attr.inode)
+            attr.inode.lookups -= 1
             return await self.files.attr(attr.inode)
         _check_name(name)
         kinds = {stat.S_IFIFO: Kind.FIFO, stat.S_IFSOCK: Kind.SOCKET, stat.S_IFCHR: Kind.CHAR, stat.S_IFBLK: Kind.BLOCK}
