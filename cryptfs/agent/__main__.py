@@ -93,9 +93,9 @@ async def _serve(
     async with trio.open_nursery() as inner:
         await inner.start(server.serve, path)
         log.info("serving %s", path)
-        _tell(ready_fd, "ready\n")
         if not foreground:
             _let_go_of_streams()
+        _tell(ready_fd, "ready\n")
     nursery.cancel_scope.cancel()
 
 
@@ -106,7 +106,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ready-fd", type=int, metavar="N", help="descriptor to report to once ready")
     parser.add_argument("--log-file", metavar="PATH", help="append log lines here")
     parser.add_argument("--foreground", action="store_true", help="stay in this session, log to stderr")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.ready_fd is not None and options.ready_fd < 3:
+        parser.error("--ready-fd cannot be a standard stream")
+    return options
 
 
 def _log_to(path: str | None, *, foreground: bool) -> None:

@@ -343,6 +343,12 @@ class AgentClient:
         """The reverse of `attach`: afterwards the connection's end means nothing; the KEK stays held only if `keep`."""
         await self.request("detach", {"volume_id": volume_id, "keep": keep})
 
+    async def keep(self, volume_id: bytes, *, keep: bool) -> bool:
+        """Have the KEK stay when the volume's daemon detaches or is gone, whatever it says; whether one is attached."""
+        result = await self.request("keep", {"volume_id": volume_id, "keep": keep})
+        with self._rubbish_is_loss():
+            return _bool(result, "was_attached")
+
     async def generate(self, volume_id: bytes, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
         """`count` (at most 4096) new keys for one log: (KEK version, keys joined, their wraps joined).
 
