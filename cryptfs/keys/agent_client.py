@@ -15,7 +15,6 @@ import select
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -33,8 +32,21 @@ from cryptfs.errors import (
     WrongSecret,
 )
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Answer, AnswerDecoder, Failure, Push, Reply, encode_request
+from cryptfs.keys.agent_answers import (
+    AgentStatus,
+    Kit,
+    VolumeStatus,
+    fits,
+    get_bin,
+    get_bool,
+    get_int,
+    get_kit,
+    get_volume_status,
+)
 from cryptfs.paths import socket_address
 from cryptfs.types import DEK_BYTES, ID_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
+
+__all__ = ["AgentClient", "AgentStatus", "Kit", "VolumeStatus", "connect", "open_agent"]
 
 RECV_BYTES = 64 << 10
 LINGER_MS = 1
@@ -49,9 +61,6 @@ PATIENCE_TICKS = 2
 KDF_PATIENCE_TICKS = 60
 """For requests that run a KDF, perhaps behind another one."""
 
-Kit = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
-"""(id, log key, its wrap, names key, its wrap, DEKs joined, their wraps joined); names empty for files"""
-
 _ERRORS: Mapping[str, type[CryptfsError]] = {
     "locked": VolumeLocked,
     "wrong-secret": WrongSecret,
@@ -63,26 +72,6 @@ _ERRORS: Mapping[str, type[CryptfsError]] = {
     "internal": AgentUnavailable,
 }
 _UCRED = struct.Struct("iII")
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeStatus:
-    """One volume the agent holds or that is mounted; `state` is "unlocked" or "locked"."""
-
-    volume_id: bytes
-    cipher_dir: str
-    mountpoint: str | None
-    state: str
-    daemon_pid: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class AgentStatus:
-    """The agent and its volumes."""
-
-    pid: int
-    exit_when_empty: bool
-    volumes: tuple[VolumeStatus, ...]
 
 
 class _Waiting:
@@ -285,9 +274,9 @@ class AgentClient:
         """Say who we are (`cli` or `daemon`); the agent's pid."""
         result = await self.request("hello", {"role": role})
         with self._rubbish_is_loss():
-            if _int(result, "version") != PROTOCOL_VERSION:
+            if get_int(result, "version") != PROTOCOL_VERSION:
                 raise ProtocolError(f"not protocol version {PROTOCOL_VERSION}")
-            return _int(result, "pid")
+            return get_int(result, "pid")
 
     async def create(
         self, *, block_size: int, kind: str, kdf_cost: str, label: str, secret: bytes | bytearray
@@ -296,7 +285,7 @@ class AgentClient:
         args = {"block_size": block_size, "kind": kind, "kdf_cost": kdf_cost, "label": label, "secret": bytes(secret)}
         result = await self.request("create", args, patience_ticks=KDF_PATIENCE_TICKS)
         with self._rubbish_is_loss():
-            return _bin(result, "volume")
+            return get_bin(result, "volume")
 
     async def unlock(self, *, volume: bytes, cipher_dir: str, secret: bytes | bytearray) -> tuple[bytes, int]:
         """Unlock with a secret: (volume id, KEK version). `volume` is the whole file's bytes.
@@ -306,13 +295,13 @@ class AgentClient:
         args = {"volume": volume, "cipher_dir": os.fsencode(cipher_dir), "secret": bytes(secret)}
         result = await self.request("unlock", args, patience_ticks=KDF_PATIENCE_TICKS)
         with self._rubbish_is_loss():
-            return _bin(result, "volume_id", ID_BYTES), _int(result, "kek_version")
+            return get_bin(result, "volume_id", ID_BYTES), get_int(result, "kek_version")
 
     async def lock(self, volume_id: bytes) -> bool:
         """Have the agent forget the volume's KEK; whether it held one."""
         result = await self.request("lock", {"volume_id": volume_id})
         with self._rubbish_is_loss():
-            return _bool(result, "was_unlocked")
+            return get_bool(result, "was_unlocked")
 
     async def status(self) -> AgentStatus:
         """The agent and its volumes."""
@@ -321,7 +310,9 @@ class AgentClient:
             rows = result.get("volumes")
             if not isinstance(rows, list):
                 raise ProtocolError("volumes is no array")
-            return AgentStatus(_int(result, "pid"), _bool(result, "exit_when_empty"), tuple(map(_volume_status, rows)))
+            return AgentStatus(
+                get_int(result, "pid"), get_bool(result, "exit_when_empty"), tuple(map(get_volume_status, rows))
+            )
 
     async def attach(self, *, volume_id: bytes, cipher_dir: str, mountpoint: str, volume: bytes) -> int:
         """Make this connection the volume's daemon; the KEK version. When the connection ends, the KEK is forgotten.
@@ -337,7 +328,7 @@ class AgentClient:
         }
         result = await self.request("attach", args)
         with self._rubbish_is_loss():
-            return _int(result, "kek_version")
+            return get_int(result, "kek_version")
 
     async def detach(self, volume_id: bytes, *, keep: bool) -> None:
         """The reverse of `attach`: afterwards the connection's end means nothing; the KEK stays held only if `keep`."""
@@ -347,7 +338,7 @@ class AgentClient:
         """Have the KEK stay when the volume's daemon detaches or is gone, whatever it says; whether one is attached."""
         result = await self.request("keep", {"volume_id": volume_id, "keep": keep})
         with self._rubbish_is_loss():
-            return _bool(result, "was_attached")
+            return get_bool(result, "was_attached")
 
     async def generate(self, volume_id: bytes, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
         """`count` (at most 4096) new keys for one log: (KEK version, keys joined, their wraps joined).
@@ -361,9 +352,9 @@ class AgentClient:
         )
         with self._rubbish_is_loss():
             return (
-                _int(result, "kek_version"),
-                _bin(result, "keys", count * key_bytes),
-                _bin(result, "wrapped", count * wrapped_bytes),
+                get_int(result, "kek_version"),
+                get_bin(result, "keys", count * key_bytes),
+                get_bin(result, "wrapped", count * wrapped_bytes),
             )
 
     async def kits(self, volume_id: bytes, *, directory: bool, count: int, deks: int) -> tuple[int, list[Kit]]:
@@ -376,7 +367,7 @@ class AgentClient:
             rows = result.get("kits")
             if not isinstance(rows, list) or len(rows) != count:
                 raise ProtocolError("kits is no array of the right length")
-            return _int(result, "kek_version"), [_kit(row, sizes) for row in rows]
+            return get_int(result, "kek_version"), [get_kit(row, sizes) for row in rows]
 
     async def unwrap(self, volume_id: bytes, items: Sequence[tuple[bytes, str, int, bytes, int]]) -> list[bytes | None]:
         """The keys of each item ``(id, purpose, KEK version, wraps joined, first block)``, joined.
@@ -389,7 +380,7 @@ class AgentClient:
             if type(keys) is not list or len(keys) != len(items):
                 raise ProtocolError("keys is no array of the right length")
             for key, item in zip(keys, items, strict=True):
-                if key is not None and (type(key) is not bytes or not _fits(key, item)):
+                if key is not None and (type(key) is not bytes or not fits(key, item)):
                     raise ProtocolError("keys of a wrong length")
             return keys
 
@@ -480,56 +471,3 @@ def _connect(path: str) -> socket.socket:
 def _wake(entry: _Waiting) -> None:
     if entry.task is not None:
         trio.lowlevel.reschedule(entry.task)
-
-
-def _fits(keys: bytes, item: tuple[bytes, str, int, bytes, int]) -> bool:
-    """RFC 3394: every wrap is 8 bytes longer than its key."""
-    wide = item[1] == "names"
-    width = WRAPPED_NAMES_BYTES if wide else WRAPPED_BYTES
-    return len(keys) == len(item[3]) - 8 * (len(item[3]) // width)
-
-
-def _int(result: Mapping[str, Any], name: str) -> int:
-    value = result.get(name)
-    if type(value) is not int:
-        raise ProtocolError(f"{name} is no int")
-    return value
-
-
-def _bool(result: Mapping[str, Any], name: str) -> bool:
-    value = result.get(name)
-    if type(value) is not bool:
-        raise ProtocolError(f"{name} is no bool")
-    return value
-
-
-def _bin(result: Mapping[str, Any], name: str, size: int | None = None) -> bytes:
-    value = result.get(name)
-    if type(value) is not bytes or (size is not None and len(value) != size):
-        raise ProtocolError(f"{name} is no bin of the right size")
-    return value
-
-
-def _kit(row: object, sizes: tuple[int, ...]) -> Kit:
-    if type(row) is not list or len(row) != len(sizes):
-        raise ProtocolError("a kit is no array of seven")
-    if any(type(part) is not bytes or len(part) != size for part, size in zip(row, sizes, strict=True)):
-        raise ProtocolError("a kit's part has a wrong size")
-    return (row[0], row[1], row[2], row[3], row[4], row[5], row[6])
-
-
-def _volume_status(row: object) -> VolumeStatus:
-    if not isinstance(row, dict):
-        raise ProtocolError("a volume is no map")
-    mountpoint, daemon_pid, state = row.get("mountpoint"), row.get("daemon_pid"), row.get("state")
-    if not (mountpoint is None or type(mountpoint) is bytes) or not (daemon_pid is None or type(daemon_pid) is int):
-        raise ProtocolError("a volume's mountpoint or daemon_pid has a wrong type")
-    if state not in ("locked", "unlocked"):
-        raise ProtocolError("a volume's state is neither locked nor unlocked")
-    return VolumeStatus(
-        volume_id=_bin(row, "volume_id", ID_BYTES),
-        cipher_dir=os.fsdecode(_bin(row, "cipher_dir")),
-        mountpoint=None if mountpoint is None else os.fsdecode(mountpoint),
-        state=state,
-        daemon_pid=daemon_pid,
-    )

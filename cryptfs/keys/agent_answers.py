@@ -1,0 +1,92 @@
+"""The shapes of the agent's answers, checked before anything of them is used: the agent is not trusted to be right."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cryptfs.errors import ProtocolError
+from cryptfs.types import ID_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
+
+Kit = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
+"""(id, log key, its wrap, names key, its wrap, DEKs joined, their wraps joined); names empty for files"""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeStatus:
+    """One volume the agent holds or that is mounted; `state` is "unlocked" or "locked"."""
+
+    volume_id: bytes
+    cipher_dir: str
+    mountpoint: str | None
+    state: str
+    daemon_pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """The agent and its volumes."""
+
+    pid: int
+    exit_when_empty: bool
+    volumes: tuple[VolumeStatus, ...]
+
+
+def fits(keys: bytes, item: tuple[bytes, str, int, bytes, int]) -> bool:
+    """Whether `keys` are as long as those behind the item's wraps (RFC 3394: 8 bytes more each)."""
+    wide = item[1] == "names"
+    width = WRAPPED_NAMES_BYTES if wide else WRAPPED_BYTES
+    return len(keys) == len(item[3]) - 8 * (len(item[3]) // width)
+
+
+def get_int(result: Mapping[str, Any], name: str) -> int:
+    """An int. Raises `ProtocolError` for anything else."""
+    value = result.get(name)
+    if type(value) is not int:
+        raise ProtocolError(f"{name} is no int")
+    return value
+
+
+def get_bool(result: Mapping[str, Any], name: str) -> bool:
+    """A bool. Raises `ProtocolError` for anything else."""
+    value = result.get(name)
+    if type(value) is not bool:
+        raise ProtocolError(f"{name} is no bool")
+    return value
+
+
+def get_bin(result: Mapping[str, Any], name: str, size: int | None = None) -> bytes:
+    """A bin, of `size` bytes if given. Raises `ProtocolError` for anything else."""
+    value = result.get(name)
+    if type(value) is not bytes or (size is not None and len(value) != size):
+        raise ProtocolError(f"{name} is no bin of the right size")
+    return value
+
+
+def get_kit(row: object, sizes: tuple[int, ...]) -> Kit:
+    """A kit whose parts have `sizes` bytes. Raises `ProtocolError` for anything else."""
+    if type(row) is not list or len(row) != len(sizes):
+        raise ProtocolError("a kit is no array of seven")
+    if any(type(part) is not bytes or len(part) != size for part, size in zip(row, sizes, strict=True)):
+        raise ProtocolError("a kit's part has a wrong size")
+    return (row[0], row[1], row[2], row[3], row[4], row[5], row[6])
+
+
+def get_volume_status(row: object) -> VolumeStatus:
+    """One volume of `status`. Raises `ProtocolError` for anything else."""
+    if not isinstance(row, dict):
+        raise ProtocolError("a volume is no map")
+    mountpoint, daemon_pid, state = row.get("mountpoint"), row.get("daemon_pid"), row.get("state")
+    if not (mountpoint is None or type(mountpoint) is bytes) or not (daemon_pid is None or type(daemon_pid) is int):
+        raise ProtocolError("a volume's mountpoint or daemon_pid has a wrong type")
+    if state not in ("locked", "unlocked"):
+        raise ProtocolError("a volume's state is neither locked nor unlocked")
+    return VolumeStatus(
+        volume_id=get_bin(row, "volume_id", ID_BYTES),
+        cipher_dir=os.fsdecode(get_bin(row, "cipher_dir")),
+        mountpoint=None if mountpoint is None else os.fsdecode(mountpoint),
+        state=state,
+        daemon_pid=daemon_pid,
+    )
