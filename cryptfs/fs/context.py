@@ -51,6 +51,7 @@ class FsContext:
         self.state: State | None = None
         self._counter = 0
         self._slots: list[Slots] = []
+        self._buffers: list[memoryview] = []
         self._dirs: dict[bytes, int] = {}
         self.threads = trio.CapacityLimiter(16)
 
@@ -114,6 +115,18 @@ class FsContext:
         if len(self._slots) < 4:
             self._slots.append(slots)
 
+    def take_buffer(self, count: int) -> memoryview:
+        """Memory for `count` bytes of plaintext and two ragged blocks; holds whatever it held. To be given back."""
+        wanted = count + 2 * self.config.block_size
+        if self._buffers and len(self._buffers[-1]) >= wanted:
+            return self._buffers.pop()
+        return memoryview(bytearray(max(wanted, (1 << 20) + 2 * self.config.block_size)))
+
+    def give_buffer(self, buffer: memoryview) -> None:
+        """Return it; a few are kept."""
+        if len(self._buffers) < 4:
+            self._buffers.append(buffer)
+
     # storage ---------------------------------------------------------------------------------------------------
 
     async def in_thread(self, call: Callable[..., T], *args: object) -> T:
@@ -159,6 +172,9 @@ class FsContext:
             self.store.close(fd)
         self._dirs.clear()
         self._slots.clear()
+        for buffer in self._buffers:
+            buffer[:] = bytes(len(buffer))
+        self._buffers.clear()
 
 
 def write_all(store: Store, fd: int, data: bytes, offset: int) -> None:

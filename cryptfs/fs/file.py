@@ -55,8 +55,13 @@ class FileNode:
 
     # reading ---------------------------------------------------------------------------------------------------
 
-    async def read(self, offset: int, count: int) -> memoryview:
+    async def read(self, offset: int, count: int) -> bytes:
         """At most `count` bytes; fewer only at the end of the file. Raises `Damaged`, OSError, or what keys raise."""
+        block_size = self.ctx.config.block_size
+        return bytes(await self.read_into(memoryview(bytearray(count + 2 * block_size)), offset, count))
+
+    async def read_into(self, out: memoryview, offset: int, count: int) -> memoryview:
+        """As `read`, decrypting into `out` (`count` and two blocks long at least); returns the part of it that is the answer."""
         state = self.state
         if not self.journal.loaded:
             await self.journal.load()
@@ -64,24 +69,33 @@ class FileNode:
         try:
             end_offset = min(offset + count, state.size)
             if offset >= end_offset:
-                return memoryview(b"")
+                return out[:0]
             block_size = self.ctx.config.block_size
             first, end = offset // block_size, -(-end_offset // block_size)
-            out = await self._read_blocks(first, end, ahead=offset == self._read_end)
+            ahead = offset == self._read_end
             self._read_end = end_offset
+            await self._read_blocks(first, end, out, ahead=ahead)
             return out[offset - first * block_size : end_offset - first * block_size]
         finally:
             state.lock.release_shared()
 
-    async def _read_blocks(self, first: int, end: int, *, ahead: bool = False) -> memoryview:
-        """Plaintext of whole blocks, zeros where there is none. The caller holds the lock."""
+    async def _read_blocks(self, first: int, end: int, out: memoryview, *, ahead: bool = False) -> None:
+        """Plaintext of whole blocks into `out`, zeros where there is none. The caller holds the lock.
+
+        Every byte of the blocks is written: `out` may hold another file's plaintext.
+        """
         block_size = self.ctx.config.block_size
-        # A new buffer each time: it arrives zeroed (holes, short blocks), and nobody else's plaintext can be in it.
-        out = memoryview(bytearray((end - first) * block_size))
+        at = first
         for extent in self.state.blocks.overlapping(first, end):
             a, b = max(first, extent.first), min(end, extent.end)
+            if at < a:
+                _zero(out, (at - first) * block_size, (a - first) * block_size)
             await self._read_extent(extent, a, b, out[(a - first) * block_size : (b - first) * block_size], ahead=ahead)
-        return out
+            if b == extent.end and extent.last_len != block_size:
+                _zero(out, (b - 1 - first) * block_size + extent.last_len, (b - first) * block_size)
+            at = b
+        if at < end:
+            _zero(out, (at - first) * block_size, (end - first) * block_size)
 
     async def _read_extent(self, extent: Extent, first: int, end: int, out: memoryview, *, ahead: bool) -> None:
         ctx, state = self.ctx, self.state
@@ -90,8 +104,8 @@ class FileNode:
         slots = ctx.take_slots(end - first)
         try:
             targets = ctx.codec.targets(extent, first, end, slots)
-            fd = state.home_fd(extent.home)
-            await self._fill(fd, targets, state.home_offset(extent.home, first), first)
+            fd, offset = state.home_fd(extent.home), state.home_offset(extent.home, first)
+            await self._fill(fd, targets, offset, first)
             deks = await self._deks_of(extent, first, end, ahead=ahead)
             bad = ctx.codec.open_run(state.file_id, extent, first, end, deks, slots, out)
             if bad >= 0:
@@ -180,7 +194,9 @@ class FileNode:
         if self.state.blocks.find(block) is None:
             plain = bytearray(length)
         else:
-            plain = bytearray((await self._read_blocks(block, block + 1))[:length])
+            whole = bytearray(block_size)
+            await self._read_blocks(block, block + 1, memoryview(whole))
+            plain = whole[:length]
         plain[at : at + len(piece)] = piece
         assert len(plain) <= block_size
         return plain
@@ -319,7 +335,9 @@ class FileNode:
                 length = extent.last_len if extent.end == tail + 1 else block_size
                 if length > rest:
                     # The bytes past the cut must not come back when the file grows again: a new, shorter version.
-                    await self._put(tail, [bytes((await self._read_blocks(tail, tail + 1))[:rest])])
+                    kept = bytearray(block_size)
+                    await self._read_blocks(tail, tail + 1, memoryview(kept))
+                    await self._put(tail, [kept[:rest]])
         first_gone = -(-size // block_size)
         end = -(-state.size // block_size)
         if first_gone < end:
@@ -331,6 +349,10 @@ class FileNode:
         if not state.acked:
             # Nothing of this file was ever acknowledged: no durable frame can want the bytes past the cut.
             self.journal.cut()
+
+
+def _zero(out: memoryview, start: int, end: int) -> None:
+    out[start:end] = bytes(end - start)
 
 
 def _extend(out: list[tuple[int, int, int]], first: int, end: int, home: int) -> None:

@@ -176,8 +176,13 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         file = self._inodes.get(fh).file
         assert file is not None
-        # pyfuse3 takes any buffer and has handed it to the kernel before anything else runs.
-        return await file.read(off, size)  # type: ignore[return-value]
+        buffer = self._volume.ctx.take_buffer(size)
+        try:
+            # pyfuse3 takes any buffer, and has given it to the kernel before anything else runs on this loop:
+            # so the buffer may be given back now and is not written again before that.
+            return await file.read_into(buffer, off, size)  # type: ignore[return-value]
+        finally:
+            self._volume.ctx.give_buffer(buffer)
 
     @answered
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
