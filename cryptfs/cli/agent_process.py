@@ -95,9 +95,8 @@ def start(*, exit_when_empty: bool) -> int:
     try:
         line = starting.wait_ready(START_S)
     except BaseException:
-        starting.process.terminate()
-        starting.end()
-        raise
+        with processes.ended_unless_left(starting):
+            raise
     if line == "ready":
         starting.leave()
         return starting.process.pid
@@ -120,9 +119,8 @@ def run_foreground() -> int:
     try:
         line = starting.wait_ready(START_S)
     except BaseException:
-        starting.process.terminate()
-        starting.end()
-        raise
+        with processes.ended_unless_left(starting):
+            raise
     if line != "ready":
         exit_code = starting.end()
         raise processes.reported(line or "", exit_code) or AgentUnavailable("the key agent was never ready")

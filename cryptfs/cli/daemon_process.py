@@ -35,10 +35,17 @@ class MountOptions:
             ("--max-uses", self.max_uses),
         ):
             if value is not None:
-                words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+                words += [name, str(value)]
         for option in self.fuse_options:
             words += ["-o", option]
         return words
+
+
+def check(options: MountOptions) -> None:
+    """That the daemon would take these options. Raises `UsageError`, before any key is brought in for nothing."""
+    from cryptfs.daemon.args import parse
+
+    parse(["--cipher-dir", "/", "--mountpoint", "/", "--agent-socket", "/", *options.arguments()])
 
 
 def log_file(volume_id: bytes) -> Path:
@@ -67,9 +74,8 @@ def start(
         if line is None:
             raise hinted(CryptfsError(f"the daemon was not ready within {START_S:.0f} s"), f"see {log}")
     except BaseException:
-        starting.process.terminate()
-        starting.end()
-        raise
+        with processes.ended_unless_left(starting):
+            raise
     exit_code = starting.end()
     raise processes.reported(line, exit_code) or hinted(
         CryptfsError("the daemon ended before it was ready"), f"see {log}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -14,12 +16,14 @@ from cryptfs.cli import passphrase, ui
 from cryptfs.errors import CryptfsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
 
 EXIT_USAGE = 2
 EXIT_INTERNAL = 70
 """A fault of our own: EX_SOFTWARE of sysexits(3)."""
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
+EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
 
 _VERBS = {
     "init": "cryptfs.cli.init:init",
@@ -60,17 +64,35 @@ def cli(*, debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv); returns the exit code. Never raises."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    code = 0
     try:
         passphrase.claim_environment()
-        cli.main(words, prog_name="cryptfs", standalone_mode=False)
-        sys.stdout.flush()
+        with _termination_raises():
+            result = cli.main(words, prog_name="cryptfs", standalone_mode=False)
+            sys.stdout.flush()
+            code = result if isinstance(result, int) else 0
     except BaseException as failure:  # noqa: BLE001  this is where every failure of the program ends
         if "--debug" in _global_options(words) and not isinstance(failure, SystemExit | click.ClickException):
             import traceback
 
             traceback.print_exception(failure)
         return _report(_single(failure))
-    return 0
+    return code
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave through `finally`, so that nothing half made and no silent terminal stays behind."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_SIGNAL + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _global_options(words: list[str]) -> list[str]:

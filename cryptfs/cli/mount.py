@@ -12,6 +12,7 @@ from cryptfs.cli import passphrase, ui
 
 if TYPE_CHECKING:
     from cryptfs.cli.daemon_process import MountOptions
+    from cryptfs.cli.processes import Starting
 
 
 @click.command()
@@ -64,6 +65,7 @@ def _mount(
     from cryptfs.errors import VolumeBusy
     from cryptfs.ops.info import read_volume
 
+    daemon_process.check(options)
     volume = read_volume(cipher_dir)
     cipher_dir, mountpoint = Path(os.path.realpath(cipher_dir)), mounts.resolved(mountpoint)
     if (daemon := mounts.daemon_of_volume(cipher_dir)) is not None:
@@ -74,13 +76,22 @@ def _mount(
     try:
         with ui.waiting(f"mounting {cipher_dir}"):
             starting = daemon_process.start(cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground)
+        with processes.ended_unless_left(starting):
+            if foreground:
+                return _stay(starting, f"{cipher_dir} is mounted on {mountpoint}")
+            starting.leave()
     except BaseException:
         if unlocked_here:
             key_agent.lock(volume.volume_id)
         raise
     ui.done(f"{cipher_dir} is mounted on {mountpoint}")
-    if not foreground:
-        starting.leave()
-        return 0
-    with processes.signals_passed_on(starting.process):
-        return starting.process.wait()
+    return 0
+
+
+def _stay(daemon: Starting, said: str) -> int:
+    """Wait for the daemon's end, handing signals on to it; its exit code."""
+    from cryptfs.cli import processes
+
+    with processes.signals_passed_on(daemon.process):
+        ui.done(said)
+        return daemon.process.wait()

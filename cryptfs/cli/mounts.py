@@ -115,7 +115,7 @@ def is_dead(mountpoint: Path) -> bool:
     Raises `MountpointUnusable` if it does not answer at all.
     """
     try:
-        answer_of(lambda: os.stat(mountpoint))
+        answer_of(lambda: os.statvfs(mountpoint))  # not stat: the kernel may answer that from its cache for ever
     except TimeoutError:
         hang = MountpointUnusable(f"{mountpoint} does not answer")
         raise hinted(hang, "end its daemon (`cryptfs status` shows the process), then `cryptfs umount` it") from None

@@ -67,6 +67,7 @@ class Starting:
 
     process: subprocess.Popen[bytes]
     ready_fd: int
+    is_left: bool = False
 
     def wait_ready(self, timeout_s: float) -> str | None:
         """The line the child wrote, without its newline; "" if it ended without one; None if it took too long."""
@@ -98,7 +99,19 @@ class Starting:
 
     def leave(self) -> None:
         """Let the child outlive this process."""
+        self.is_left = True
         self.process.returncode = 0  # or Popen would warn that it is still running
+
+
+@contextlib.contextmanager
+def ended_unless_left(starting: Starting) -> Iterator[None]:
+    """Whatever happens inside (an error, Ctrl-C), the child ends with it, unless `leave` was called or it has ended."""
+    try:
+        yield
+    finally:
+        if not starting.is_left and starting.process.poll() is None:
+            starting.process.terminate()
+            starting.end()
 
 
 def start(module: str, arguments: Sequence[str], *, log_file: Path | None) -> Starting:

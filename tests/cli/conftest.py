@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cryptfs import paths
+from cryptfs.cli.mounts import wait_until
 from tests.cli.terminal import Terminal
 from tests.conftest import XdgDirs
 
@@ -23,7 +30,6 @@ class Cryptfs:
     """The command, and a directory to work in."""
 
     root: Path
-    daemons: list[int] = field(default_factory=list)
 
     def command(self, *words: str | Path) -> list[str]:
         return [sys.executable, "-m", "cryptfs", *map(str, words)]
@@ -57,6 +63,51 @@ class Cryptfs:
 
     def on_terminal(self, *words: str | Path) -> Terminal:
         return Terminal(self.command(*words))
+
+    def status(self) -> list[dict[str, Any]]:
+        volumes: list[dict[str, Any]] = json.loads(self.run("status", "--json").stdout)
+        return volumes
+
+    def agent_pids(self) -> list[int]:
+        return processes_with(b"cryptfs.agent", os.fsencode(paths.agent_socket()))
+
+    def daemon_pids(self) -> list[int]:
+        return processes_with(b"cryptfs.daemon", os.fsencode(paths.agent_socket()))
+
+
+def processes_with(*words: bytes) -> list[int]:
+    """Processes that have all these arguments."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError):
+                if set(words) <= set(Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")):
+                    found.append(int(name))
+    return found
+
+
+@pytest.fixture(scope="session")
+def template(short_root: Path) -> Iterator[Path]:
+    """A volume to be copied: making one takes an agent's life."""
+    path = Path(tempfile.mkdtemp(dir=short_root))
+    dirs = dict.fromkeys(("HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME"), str(path))
+    agent = os.fsencode(path / "cryptfs" / "agent.sock")
+    subprocess.run(
+        Cryptfs(path).command("init", "--kdf-cost", "low", path / "vault"),
+        env={**os.environ, **dirs, "CRYPTFS_PASSPHRASE": PASSPHRASE},
+        check=True,
+    )
+    assert wait_until(lambda: not processes_with(b"cryptfs.agent", agent), 30), "the agent has not ended"
+    yield path / "vault"
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def vault(cryptfs: Cryptfs, template: Path) -> Path:
+    """A fresh volume under `PASSPHRASE`, locked."""
+    path = cryptfs.root / "vault"
+    shutil.copytree(template, path, symlinks=True)
+    return path
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import click
@@ -10,8 +11,9 @@ import pytest
 
 from cryptfs import errors
 from cryptfs.cli.advice import error_for, hint_for, hinted
-from cryptfs.cli.main import EXIT_INTERNAL, EXIT_INTERRUPTED, cli
+from cryptfs.cli.main import EXIT_INTERNAL, EXIT_SIGNAL, cli
 from cryptfs.cli.processes import clean_environment
+from cryptfs.daemon.args import FUSE_OPTIONS, parse
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "CLI_ABI.md").read_text("utf-8")
 
@@ -38,10 +40,12 @@ def section(title: str) -> str:
 
 
 def test_exit_codes_are_those_of_the_error_classes() -> None:
-    rows = re.findall(r"^\| (\d+) \| (?:`(\w+)`)? *\|", section("Exit codes"), re.MULTILINE)
+    rows = re.findall(r"^\| ([\d, ]+) \| (?:`(\w+)`)? *\|", section("Exit codes"), re.MULTILINE)
     documented = {name: int(code) for code, name in rows if name}
     assert documented == {cls.__name__: cls.exit_code for cls in all_errors()}
-    assert sorted(int(code) for code, name in rows if not name) == [0, EXIT_INTERNAL, EXIT_INTERRUPTED]
+    signals = [EXIT_SIGNAL + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
+    others = [int(code) for codes, name in rows if not name for code in codes.split(",")]
+    assert others == [0, EXIT_INTERNAL, *signals]
     assert len({code for code, _ in rows}) == len(rows), "a code stands for two things"
 
 
@@ -67,6 +71,14 @@ def test_every_verb_and_option_is_documented() -> None:
             if isinstance(parameter, click.Option):
                 missing = set(parameter.opts) - documented
                 assert not missing, f"{name} takes {missing}"
+
+
+def test_every_mount_option_is_documented() -> None:
+    listed = re.search(r"may be repeated: `([^`]+)`", DOCUMENT)
+    assert listed is not None
+    for name in listed[1].split():
+        parse(["--cipher-dir", "/", "--mountpoint", "/", "--agent-socket", "/", "-o", name])
+    assert set(listed[1].split()) >= FUSE_OPTIONS
 
 
 def test_the_inherited_environment_is_what_is_documented() -> None:

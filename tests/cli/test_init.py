@@ -115,6 +115,15 @@ def test_at_a_terminal_the_passphrase_is_rated_and_asked_for_twice(cryptfs: Cryp
     cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
 
 
+def test_being_terminated_at_the_prompt_gives_the_terminal_back(cryptfs: Cryptfs) -> None:
+    with cryptfs.on_terminal("init", cryptfs.root / "vault") as terminal:
+        terminal.expect("New passphrase: ")
+        assert not terminal.is_echoing()
+        terminal.process.terminate()
+        assert terminal.process.wait(30) == 143
+        assert terminal.is_echoing()
+
+
 def test_ctrl_c_at_the_prompt_makes_nothing(cryptfs: Cryptfs) -> None:
     vault = cryptfs.root / "vault"
     with cryptfs.on_terminal("init", vault) as terminal:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,33 +18,6 @@ from cryptfs import paths
 from cryptfs.cli import processes
 from cryptfs.cli.mounts import wait_until
 from tests.cli.conftest import PASSPHRASE, Cryptfs
-
-
-@pytest.fixture
-def vault(cryptfs: Cryptfs) -> Path:
-    path = cryptfs.root / "vault"
-    cryptfs.run("init", "--kdf-cost", "low", path, passphrase=PASSPHRASE)
-    assert wait_until(lambda: not agent_pids(cryptfs), 30), "the agent that init started has not ended"
-    return path
-
-
-def listed(cryptfs: Cryptfs) -> list[dict[str, Any]]:
-    volumes: list[dict[str, Any]] = json.loads(cryptfs.run("status", "--json").stdout)
-    return volumes
-
-
-def agent_pids(cryptfs: Cryptfs) -> list[int]:
-    socket_path = os.fsencode(paths.agent_socket())
-    pids = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"cryptfs.agent" in words and socket_path in words:
-                pids.append(int(name))
-    return pids
 
 
 @contextmanager
@@ -58,17 +30,17 @@ def ended_after(pids: list[int]) -> Iterator[None]:
 
 
 def test_no_agent_means_an_empty_list(cryptfs: Cryptfs) -> None:
-    assert listed(cryptfs) == []
+    assert cryptfs.status() == []
     ended = cryptfs.run("status")
     assert ended.stdout == ""
     assert "no volume" in ended.stderr
-    assert agent_pids(cryptfs) == []
+    assert cryptfs.agent_pids() == []
 
 
 def test_unlock_status_lock(cryptfs: Cryptfs, vault: Path) -> None:
     cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
     volume_id = json.loads(cryptfs.run("info", vault, "--json").stdout)["volume_id"]
-    assert listed(cryptfs) == [
+    assert cryptfs.status() == [
         {
             "volume_id": volume_id,
             "cipher_dir": str(vault),
@@ -81,9 +53,9 @@ def test_unlock_status_lock(cryptfs: Cryptfs, vault: Path) -> None:
     assert shown.startswith("VOLUME ")
     assert f"{volume_id}  unlocked  {vault}  -" in shown
     assert "unlocked already" in cryptfs.run("unlock", vault).stderr, "no passphrase is needed the second time"
-    with ended_after(agent_pids(cryptfs)):  # it was started for this, and now holds nothing
+    with ended_after(cryptfs.agent_pids()):  # it was started for this, and now holds nothing
         cryptfs.run("lock", vault)
-    assert listed(cryptfs) == []
+    assert cryptfs.status() == []
     assert "locked already" in cryptfs.run("lock", vault).stderr
 
 
@@ -100,7 +72,7 @@ def test_a_wrong_passphrase(cryptfs: Cryptfs, vault: Path, words: tuple[str, ...
     ended = cryptfs.run(*words, vault, *rest, passphrase="wrong", code=13)
     assert ended.stderr.startswith("error: ")
     assert "hint: " in ended.stderr
-    assert listed(cryptfs) == []
+    assert cryptfs.status() == []
 
 
 def test_what_is_no_volume(cryptfs: Cryptfs) -> None:
@@ -117,7 +89,7 @@ def test_an_edited_volume_file(cryptfs: Cryptfs, vault: Path) -> None:
     cryptfs.run("info", vault)
     ended = cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=11)
     assert "hint: put back" in ended.stderr
-    assert listed(cryptfs) == []
+    assert cryptfs.status() == []
 
 
 def test_a_newer_format(cryptfs: Cryptfs, vault: Path) -> None:
@@ -148,7 +120,7 @@ def test_without_a_source_and_a_terminal_there_is_advice(cryptfs: Cryptfs, vault
     ended = cryptfs.run("unlock", vault, code=2)
     assert "no terminal" in ended.stderr
     assert "hint: give it with --passfile" in ended.stderr
-    assert agent_pids(cryptfs) == [], "no agent is started before there is a passphrase"
+    assert cryptfs.agent_pids() == [], "no agent is started before there is a passphrase"
 
 
 def test_a_person_may_try_three_times(cryptfs: Cryptfs, vault: Path) -> None:
@@ -170,10 +142,10 @@ def test_a_person_may_try_three_times(cryptfs: Cryptfs, vault: Path) -> None:
 
 def test_agent_run_stays_and_stop_ends_it(cryptfs: Cryptfs, vault: Path) -> None:
     cryptfs.run("agent", "run")
-    pids = agent_pids(cryptfs)
+    pids = cryptfs.agent_pids()
     cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
     cryptfs.run("lock", vault)
-    assert agent_pids(cryptfs) == pids, "unlock used the agent that was there, and lock left it"
+    assert cryptfs.agent_pids() == pids, "unlock used the agent that was there, and lock left it"
     ended = cryptfs.run("agent", "run", code=1)
     assert "an agent runs already" in ended.stderr
     cryptfs.run("agent", "run", "--foreground", code=1)
@@ -187,7 +159,7 @@ def test_agent_in_the_foreground_ends_with_the_command(cryptfs: Cryptfs) -> None
         cryptfs.command("agent", "run", "-f"), stderr=subprocess.PIPE, start_new_session=True
     ) as process:
         assert wait_until(is_answering, 30)
-        with ended_after(agent_pids(cryptfs)):
+        with ended_after(cryptfs.agent_pids()):
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
 
@@ -204,28 +176,38 @@ def test_commands_at_the_same_moment_start_one_agent(cryptfs: Cryptfs, vault: Pa
     ]
     said = [process.communicate(timeout=60)[1] for process in running]
     assert [process.returncode for process in running] == [0] * 4, said
-    assert len(agent_pids(cryptfs)) == 1
-    assert [volume["state"] for volume in listed(cryptfs)] == ["unlocked"]
+    assert len(cryptfs.agent_pids()) == 1
+    assert [volume["state"] for volume in cryptfs.status()] == ["unlocked"]
     cryptfs.run("lock", vault)
 
 
 def test_a_killed_agent_is_replaced(cryptfs: Cryptfs, vault: Path) -> None:
     cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
-    pids = agent_pids(cryptfs)
+    pids = cryptfs.agent_pids()
     with ended_after(pids):
         os.kill(pids[0], signal.SIGKILL)
-    assert listed(cryptfs) == []
+    assert cryptfs.status() == []
     cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
-    assert [volume["state"] for volume in listed(cryptfs)] == ["unlocked"]
+    assert [volume["state"] for volume in cryptfs.status()] == ["unlocked"]
     cryptfs.run("lock", vault)
 
 
+IMPOSTOR = """
+import contextlib, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print(flush=True)
+while True:
+    client, _ = listener.accept()
+    with client, contextlib.suppress(OSError):
+        client.recv(9)
+        client.sendall(b"HTTP/1.1 200 OK")
+"""
+
+
 def test_an_agent_that_sends_rubbish(cryptfs: Cryptfs, vault: Path) -> None:
-    code = (
-        "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen()\nprint(flush=True)\n"
-        "while True:\n c, _ = s.accept()\n c.recv(9)\n c.sendall(b'HTTP/1.1 200 OK')\n c.close()"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, paths.agent_socket()], stdout=subprocess.PIPE) as impostor:
+    with subprocess.Popen([sys.executable, "-c", IMPOSTOR, paths.agent_socket()], stdout=subprocess.PIPE) as impostor:
         assert impostor.stdout is not None
         impostor.stdout.readline()
         ended = cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=16)
@@ -237,7 +219,7 @@ def test_an_agent_that_sends_rubbish(cryptfs: Cryptfs, vault: Path) -> None:
 
 def test_the_passphrase_is_nowhere_but_where_it_was_given(cryptfs: Cryptfs, vault: Path) -> None:
     cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
-    for pid in agent_pids(cryptfs):
+    for pid in cryptfs.agent_pids():
         for name in ("cmdline", "environ"):
             assert PASSPHRASE.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
         assert b"CRYPTFS_PASSPHRASE" not in Path(f"/proc/{pid}/environ").read_bytes()

@@ -107,15 +107,15 @@ def test_an_answer_in_time_an_error_and_none_at_all() -> None:
 
 
 def test_a_dead_mount_is_known_by_its_errno(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stat_fails(number: int) -> None:
+    def statvfs_fails(number: int) -> None:
         def fail(path: Path) -> None:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("os.stat", fail)
+        monkeypatch.setattr("os.statvfs", fail)
 
-    stat_fails(errno.ENOTCONN)
+    statvfs_fails(errno.ENOTCONN)
     assert mounts.is_dead(Path("/x"))
-    stat_fails(errno.EACCES)
+    statvfs_fails(errno.EACCES)
     assert not mounts.is_dead(Path("/x"))
 
 
