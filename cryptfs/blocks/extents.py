@@ -103,7 +103,7 @@ class ExtentMap:
     def remove(self, first: int, end: int) -> list[Extent]:
         """Make first … end - 1 holes; returns what was there, cut to that range."""
         hit = self.overlapping(first, end)
-        if not hit:
+        if not hit or first >= end:
             return []
         at = bisect_left(self._firsts, hit[0].first)
         removed: list[Extent] = []
