@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -271,11 +272,11 @@ async def test_a_client_that_leaves_during_unlock_leaves_nothing_held(
             volume_id, data = await create(client)
             await client.lock(volume_id)
         await settled(lambda: served.server.connections == 0)
-        began, go_on = trio.Event(), trio.Event()
+        began, go_on = trio.Event(), threading.Event()
 
         def slow_open(params: object, secret: object) -> object:
             trio.from_thread.run_sync(began.set)
-            trio.from_thread.run(go_on.wait)
+            assert go_on.wait(20)
             return real_open(params, secret)  # type: ignore[arg-type]
 
         real_open = served.provider.open
@@ -295,11 +296,11 @@ async def test_a_client_that_leaves_during_unlock_leaves_nothing_held(
 async def test_others_are_served_during_a_kdf(serve_here: ServeHere, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serve_here() as served, open_agent(served.path) as one, open_agent(served.path) as two:
         _, data = await create(one)
-        began, go_on = trio.Event(), trio.Event()
+        began, go_on = trio.Event(), threading.Event()
 
         def slow_open(params: object, secret: object) -> object:
             trio.from_thread.run_sync(began.set)
-            trio.from_thread.run(go_on.wait)
+            assert go_on.wait(20)
             return real_open(params, secret)  # type: ignore[arg-type]
 
         real_open = served.provider.open
