@@ -77,6 +77,11 @@ class DekProvider(Protocol):
         """
         ...
 
+    async def warm(self, runs: Sequence[KeyRun]) -> None:
+        """Bring keys into the cache that may be wanted soon, in one round trip. Keys that do not unwrap are left out;
+        nothing happens if the agent is away or the cache keeps nothing."""
+        ...
+
     async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
         """`count` new keys under the newest KEK. Each is to be used for one encryption."""
         ...

@@ -50,6 +50,8 @@ class FsContext:
         self.codec = BlockCodec(config.volume_id, config.block_size)
         self.state: State | None = None
         self._counter = 0
+        self.sidecar_writes = 0
+        """Counts every write to a sidecar: whoever reads one on a thread sees whether it may be old."""
         self._slots: list[Slots] = []
         self._buffers: list[memoryview] = []
         self._dirs: dict[bytes, int] = {}

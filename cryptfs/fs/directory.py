@@ -17,7 +17,7 @@ from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
 from cryptfs.format.log import DELTA, KIND_DIR, LogHeader
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.locks import SharedLock
-from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, header_of, read_log, replay
+from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
 from cryptfs.names import DIR_LOG
 from cryptfs.ports import KeyRun, Kit
 from cryptfs.types import Purpose, epoch_of
@@ -49,6 +49,8 @@ class DirNode:
         self.lock = SharedLock()
         self.pins = 0
         self.removed = False
+        self.listed = False
+        """Somebody listed it: its files may be read in that order next."""
         self.durable_gen = 0
         self.last_gen = 0
         self._log: SealedLog | None = None
@@ -219,12 +221,13 @@ class DirNode:
             raise Damaged("missing-dir-log") from None
         try:
             raw = read_log(store, log_fd)
-            header = header_of(raw)
+            parsed = parse(raw)
+            header = parsed.header
             if header.kind != KIND_DIR or header.log_id != dir_id:
                 raise Damaged("id-mismatch", "the directory is another one")
             node = cls(ctx, ino, fd, header)
             (log_key,), _ = await ctx.keys.unwrap(key_runs(header))
-            node._adopt(log_fd, replay(raw, header, log_key))
+            node._adopt(log_fd, authenticate(parsed, log_key))
         except BaseException:
             store.close(log_fd)
             raise

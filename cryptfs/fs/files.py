@@ -16,8 +16,10 @@ from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.journal import Journal
+from cryptfs.fs.prefetch import Prefetcher
 from cryptfs.fs.reaper import Reaper
 from cryptfs.fs.reconcile import KIND_OF_MODE
+from cryptfs.fs.sealed_log import Replay
 from cryptfs.fs.state import FileState
 from cryptfs.fs.symlink import decode_target_text, read_target
 from cryptfs.ports import Kit
@@ -58,6 +60,7 @@ class Files:
         self.new_ids: set[bytes] = set()
         """Files and directories made in this epoch whose entry is not known to be durable."""
         self.unsettled: set[Inode] = set()
+        self.prefetcher = Prefetcher(ctx, inodes)
 
     # attributes ------------------------------------------------------------------------------------------------
 
@@ -210,13 +213,10 @@ class Files:
 
     def _node(self, inode: Inode, fd: int, *, writable: bool) -> FileNode:
         state = FileState(self.ctx, inode.ino, inode.log_id, fd, writable=writable)
-
-        async def sync_entry() -> None:
-            await self.sync_entry(inode)
-
-        journal = Journal(self.ctx, state, sync_entry)
+        journal = Journal(self.ctx, state, _Place(self, inode))
         journal.entry_durable = inode.log_id not in self.new_ids
         inode.file = FileNode(self.ctx, state, journal)
+        self.inodes.open_ids.add(inode.log_id)
         return inode.file
 
     async def release(self, inode: Inode) -> None:
@@ -249,6 +249,7 @@ class Files:
         if journal.loaded:
             inode.settled = True
         inode.file = None
+        self.inodes.open_ids.discard(inode.log_id)
         journal.close()
         file.state.close()
         if file.unlinked:
@@ -344,6 +345,25 @@ class Files:
                 log.error("directory inode %d: frame not written: %s", node.ino, error)
                 good = False
         return good
+
+
+class _Place:
+    """`journal.Owner` for one open file."""
+
+    __slots__ = ("_files", "_inode")
+
+    def __init__(self, files: Files, inode: Inode) -> None:
+        self._files = files
+        self._inode = inode
+
+    async def sync_entry(self) -> None:
+        await self._files.sync_entry(self._inode)
+
+    def sidecar_read_ahead(self) -> Replay | None:
+        return self._files.prefetcher.take(self._inode.log_id)
+
+    async def warm(self, parsed: Replay) -> None:
+        await self._files.prefetcher.warm(self._inode, parsed)
 
 
 def kind_of(st: os.stat_result) -> Kind:

@@ -75,6 +75,7 @@ class InodeTable:
         self._inodes: dict[int, Inode] = {}
         self._dirs: OrderedDict[int, DirNode] = OrderedDict()
         self._generation = 0
+        self.open_ids: set[bytes] = set()
         self.root = Inode(ROOT_INO, Kind.DIR, ctx.config.root_dir_id, 0)
         self.root.lookups = 1
         self._inodes[ROOT_INO] = self.root
@@ -92,6 +93,10 @@ class InodeTable:
     def find(self, ino: int) -> Inode | None:
         """The inode of this number, if it is known."""
         return self._inodes.get(ino)
+
+    def is_open(self, log_id: bytes) -> bool:
+        """Whether a file of this id is open or not settled."""
+        return log_id in self.open_ids
 
     def meet(self, ino: int, kind: Kind, log_id: bytes, parent: Inode, name: bytes) -> Inode:
         """The inode for an entry just found or made. A number used again for another object gets a new generation."""

@@ -11,7 +11,8 @@ writers never touch the home of a durable version. After the syncs: the new stat
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
@@ -23,7 +24,7 @@ from cryptfs.format.sidecar import SidecarPayload
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
 from cryptfs.fs.history import POISON, build_map
 from cryptfs.fs.recovery import recover, restart_newborn
-from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, header_of, read_log, replay
+from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
 from cryptfs.fs.state import FileState
 from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose, epoch_of
@@ -31,13 +32,29 @@ from cryptfs.types import Purpose, epoch_of
 _COMPACT_MIN_BYTES = 64 * 1024
 
 
-class Journal:
-    """The sidecar of one file. `sync_entry` makes the file's directory entry durable, if it is not yet."""
+class Owner(Protocol):
+    """What a journal needs to know of its file's place in the tree (`files`)."""
 
-    def __init__(self, ctx: FsContext, state: FileState, sync_entry: Callable[[], Awaitable[None]]) -> None:
+    async def sync_entry(self) -> None:
+        """Make the file's directory entry durable. Raises OSError."""
+        ...
+
+    def sidecar_read_ahead(self) -> Replay | None:
+        """The sidecar, not authenticated, if it was read ahead."""
+        ...
+
+    async def warm(self, parsed: Replay) -> None:
+        """Get the keys that reading a small file takes into the cache, if that can be done."""
+        ...
+
+
+class Journal:
+    """The sidecar of one file."""
+
+    def __init__(self, ctx: FsContext, state: FileState, owner: Owner) -> None:
         self.ctx = ctx
         self.state = state
-        self.sync_entry = sync_entry
+        self.owner = owner
         self.loaded = False
         self.log: SealedLog | None = None
         self.log_wrapped = b""
@@ -46,7 +63,8 @@ class Journal:
         self.durable_gen = 0
         self.entry_durable = False
         self._framed_size: int | None = None
-        self._framed_durable = 0
+        self._owes_word = False
+        """An fsync succeeded and no frame says so yet: without one, a crash could not be told from damage."""
         self._last_gen = 0
         self._sidecar_new = False
         self._syncing = trio.Lock()
@@ -86,11 +104,12 @@ class Journal:
 
     async def commit(self) -> None:
         """Append a frame for whatever no frame says yet. Not durable. The caller holds the file's lock alone."""
-        if self.needs_frame or (self.log is not None and self._framed_durable < self.durable_gen):
+        if self.needs_frame or self._owes_word:
             self._append(await self.log_key())
 
     def _append(self, key: memoryview) -> None:
         state, ctx = self.state, self.ctx
+        ctx.sidecar_writes += 1
         fresh = state.blocks.fresh()
         payload = SidecarPayload(tuple(e.run() for e in fresh), tuple(self.holes))
         generation = ctx.next_generation()
@@ -107,7 +126,7 @@ class Journal:
             extent.generation = generation
         self.holes.clear()
         self._framed_size = state.size
-        self._framed_durable = self.durable_gen
+        self._owes_word = False
         self._last_gen = generation
 
     # fsync -----------------------------------------------------------------------------------------------------
@@ -149,7 +168,7 @@ class Journal:
         try:
             await self.ctx.in_threads(calls)
             if not self.entry_durable:
-                await self.sync_entry()
+                await self.owner.sync_entry()
         except OSError as error:
             self._sync_error = error
             raise
@@ -162,6 +181,7 @@ class Journal:
 
     def _settled(self) -> None:
         """All of the file is durable as it is now; what stood aside is dead."""
+        self._owes_word = self._owes_word or self.durable_gen != self._last_gen
         self.durable_gen = self._last_gen
         self.state.acked = True
         self.state.blocks.settle()
@@ -201,6 +221,7 @@ class Journal:
             where = ctx.sidecar_dir(state.file_id)
             # The key is copied for the thread, which may outlive its time in the cache by one disk write.
             key = bytearray(await self.log_key())
+            ctx.sidecar_writes += 1
             try:
                 self.log = await ctx.in_thread(
                     self.log.rewrite, ctx.store, where, sidecar_name(state.file_id), key, self.log.header, frame
@@ -240,13 +261,16 @@ class Journal:
             await self._load_newborn(born, data_size, raw_header)
             return
         try:
-            raw = await ctx.in_thread(read_log, store, fd) if data_size > 1 << 30 else read_log(store, fd)
-            log_header = header_of(raw)
+            parsed = self.owner.sidecar_read_ahead()
+            if parsed is None:
+                parsed = parse(await ctx.in_thread(read_log, store, fd) if data_size > 1 << 30 else read_log(store, fd))
+            log_header = parsed.header
             if log_header.kind != KIND_FILE or log_header.log_id != state.file_id:
                 raise Damaged("id-mismatch", "the sidecar is another file's")
             self.log_wrapped, self.kek_version = log_header.log_wrapped, log_header.kek_version
-            replayed = replay(raw, log_header, await self.log_key())
-            await self._adopt(fd, replayed, data_size, born)
+            if ctx.keys.peek(self.log_wrapped) is None:
+                await self.owner.warm(parsed)
+            await self._adopt(fd, authenticate(parsed, await self.log_key()), data_size, born)
         except BaseException:
             if self.log is None or self.log.fd != fd:
                 store.close(fd)
@@ -287,10 +311,10 @@ class Journal:
         # What an earlier incarnation of this opening appended may still be unsynced.
         self.log.unsynced = True
         self._last_gen = replayed.heads[keep - 1].generation
-        self._framed_durable = max(head.durable_up_to for head in replayed.heads[:keep])
+        said = max(head.durable_up_to for head in replayed.heads[:keep])
         # Mounting synced the whole file system: frames of earlier epochs are durable.
         old = [h.generation for h in replayed.heads[:keep] if ctx.state and epoch_of(h.generation) < ctx.state.epoch]
-        self.durable_gen = max([self._framed_durable, *old])
+        self.durable_gen = max([said, *old])
         self.loaded = True
 
     def _open_twin(self) -> None:
@@ -306,3 +330,4 @@ class Journal:
         if self.log is not None:
             self.ctx.store.close(self.log.fd)
             self.log = None
+

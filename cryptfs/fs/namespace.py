@@ -96,7 +96,9 @@ class Namespace:
         """The directory's entries now, in a stable order: what one pass of readdir walks over."""
         if inode.last_st is not None:
             return []
-        return list((await self.inodes.dir(inode)).entries.values())
+        node = await self.inodes.dir(inode)
+        node.listed = True
+        return list(node.entries.values())
 
     async def described(self, inode: Inode, entries: Sequence[Entry]) -> list[tuple[bytes, Attr | None] | None]:
         """(name, attributes) of each entry; None for one that is gone by now, attributes None for one that is damaged."""
@@ -582,6 +584,7 @@ class Namespace:
                 # Kept only to be settled, which is moot now.
                 file, inode.file = inode.file, None
                 self.files.unsettled.discard(inode)
+                self.inodes.open_ids.discard(entry.log_id)
                 file.journal.close()
                 file.state.close()
                 self.reaper.add_id(entry.log_id)

@@ -57,12 +57,12 @@ def header_of(raw: bytes) -> LogHeader:
     return decode_header(raw[:HEADER_BYTES])
 
 
-def replay(raw: bytes, header: LogHeader, mac_key: Buffer) -> Replay:
-    """Walk the frames of a whole log. Never raises for damage after the header: the caller judges by what is missing.
+def parse(raw: bytes) -> Replay:
+    """Walk the frames of a whole log without a key: nothing in the result is authentic before `authenticate`.
 
-    Stops at the first head that is torn, not authentic, not linked to the one before, or not newer.
+    Raises `Damaged` for the header only. Stops at the first head that is torn, not linked to the one before, or not newer.
     """
-    out = Replay(header)
+    out = Replay(header_of(raw))
     view = memoryview(raw)
     at, prev, generation = HEADER_BYTES, sha256(view[:HEADER_BYTES]), 0
     while at + HEAD_BYTES <= len(raw):
@@ -70,25 +70,32 @@ def replay(raw: bytes, header: LogHeader, mac_key: Buffer) -> Replay:
             head = decode_head(raw[at : at + HEAD_BYTES])
         except Damaged:
             break
-        end = at + head.frame_bytes
-        linked = head.prev_mac == prev and head.generation > generation
-        if not linked or not same(mac(mac_key, header.log_id, raw[at : at + SIGNED_BYTES]), head.mac):
+        if head.prev_mac != prev or head.generation <= generation:
             break
+        end = at + head.frame_bytes
         payload = view[at + HEAD_BYTES : end - FOOT_BYTES]
         intact = len(payload) == head.payload_len and sha256(payload) == head.payload_sha256
-        if end > len(raw) and not intact:
-            # The payload runs past the end of the file: torn, or cut.
-            out.heads.append(head)
-            out.payloads.append(None)
-            out.ends.append(len(raw))
-            at = len(raw)
-            break
+        if not intact:
+            # It may run past the end of the file: torn, or cut.
+            end = min(end, len(raw))
         out.heads.append(head)
         out.payloads.append(payload if intact else None)
         out.ends.append(end)
         at, prev, generation = end, head.mac, head.generation
     out.tail = max(0, len(raw) - at)
     return out
+
+
+def authenticate(parsed: Replay, mac_key: Buffer) -> Replay:
+    """Keep what the log key vouches for; what follows is tail. Never raises: the caller judges by what is missing."""
+    log_id = parsed.header.log_id
+    for i, head in enumerate(parsed.heads):
+        if not same(mac(mac_key, log_id, head.signed()), head.mac):
+            start = parsed.ends[i - 1] if i else HEADER_BYTES
+            parsed.tail += parsed.ends[-1] - start
+            del parsed.heads[i:], parsed.payloads[i:], parsed.ends[i:]
+            break
+    return parsed
 
 
 @dataclass(frozen=True, slots=True)

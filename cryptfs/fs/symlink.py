@@ -15,7 +15,7 @@ from cryptfs.errors import Damaged
 from cryptfs.format.log import KIND_FILE, LogHeader
 from cryptfs.format.sidecar import Sealed, SidecarPayload, decode_sidecar
 from cryptfs.fs.context import FsContext, sidecar_name
-from cryptfs.fs.sealed_log import Frame, SealedLog, header_of, read_log, replay
+from cryptfs.fs.sealed_log import Frame, SealedLog, authenticate, parse, read_log
 from cryptfs.ports import KeyRun, Kit
 from cryptfs.types import Purpose
 
@@ -65,11 +65,12 @@ async def read_target(ctx: FsContext, log_id: bytes) -> bytes:
         raw = read_log(ctx.store, fd)
     finally:
         ctx.store.close(fd)
-    header = header_of(raw)
+    parsed = parse(raw)
+    header = parsed.header
     if header.kind != KIND_FILE or header.log_id != log_id:
         raise Damaged("id-mismatch", "the sidecar is another one's")
     log_key = (await ctx.keys.unwrap([KeyRun(log_id, Purpose.LOG_FILE, header.kek_version, (header.log_wrapped,))]))[0][0]
-    replayed = replay(raw, header, log_key)
+    replayed = authenticate(parsed, log_key)
     if not replayed.heads or (replayed.tail and not ctx.crashed_since(replayed.heads[-1].generation)):
         raise Damaged("frame", "the sidecar is damaged")
     target: Sealed | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from cryptfs.types import DEK_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAM
 _KITS_MAX = 256
 _KITS_MIN = 8
 _DEKS_PER_KIT = 2
+_WARM_RUNS_MAX = 256
 
 UnwrapItem = tuple[bytes, str, int, bytes, int]
 """(log id, purpose, KEK version, wrapped keys joined, first block)."""
@@ -127,8 +129,19 @@ class KeyCache:
                 return out
             # A key expired between the look and the answer: ask for it too.
 
-    async def _fetch(self, wanted: list[tuple[KeyRun, list[bytes]]]) -> dict[bytes, memoryview]:
-        """One round trip for all of `wanted`; the keys, by wrapped form."""
+    async def warm(self, runs: Sequence[KeyRun]) -> None:
+        """See `DekProvider.warm`."""
+        if not self.policy.caching:
+            return
+        known = self._slots.keys() | self._in_flight.keys()
+        wanted = [(run, [w for w in run.wrapped if w not in known]) for run in runs]
+        with suppress(CryptfsError):
+            await self._fetch([(run, wraps) for run, wraps in wanted if wraps][:_WARM_RUNS_MAX], strict=False)
+
+    async def _fetch(
+        self, wanted: list[tuple[KeyRun, list[bytes]]], *, strict: bool = True
+    ) -> dict[bytes, memoryview]:
+        """One round trip for all of `wanted`; the keys, by wrapped form. Raises `Damaged("wrap")` if strict."""
         if not wanted:
             return {}
         event = trio.Event()
@@ -155,6 +168,8 @@ class KeyCache:
         for (run, wraps), answer in zip(wanted, answers, strict=True):
             width = NAMES_KEY_BYTES if run.purpose is Purpose.NAMES else DEK_BYTES
             if answer is None or len(answer) != width * len(wraps):
+                if not strict:
+                    continue
                 raise Damaged("wrap", f"{run.purpose.value} key, blocks from {run.first_block}")
             clear.append(answer)
             flat += wraps

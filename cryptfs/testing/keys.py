@@ -91,6 +91,9 @@ class FakeDekProvider:
             out.append(views)
         return out
 
+    async def warm(self, runs: Sequence[KeyRun]) -> None:
+        """Nothing to do: every key is a function call away."""
+
     async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
         await self._round_trip()
         keys, wraps = self._kek.fresh(log_id, purpose, count)
