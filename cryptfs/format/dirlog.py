@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptfs.errors import Damaged
-from cryptfs.format.packing import pack, unpack_map, want_bytes, want_int, want_list
+from cryptfs.format.packing import check_canonical, pack, unpack_map, want_bytes, want_int, want_list
 from cryptfs.format.sidecar import Sealed, decode_sealed, encode_sealed
 from cryptfs.types import ID_BYTES, Kind
 
@@ -50,7 +50,9 @@ def decode_dir(data: bytes | memoryview) -> DirPayload:
     entries = tuple(_decode_entry(item) for item in want_list(value.get("e", [])))
     gone = tuple(_sealed_name(item) for item in want_list(value.get("d", [])))
     xattrs = decode_sealed(value["x"]) if value.get("x") is not None else None
-    return DirPayload(entries, gone, xattrs, "x" in value and xattrs is None)
+    payload = DirPayload(entries, gone, xattrs, "x" in value and xattrs is None)
+    check_canonical(payload.encode(), data)
+    return payload
 
 
 def _sealed_name(value: object) -> bytes:

@@ -37,6 +37,15 @@ def unpack_map(data: bytes | memoryview, allowed: frozenset[str]) -> dict[str, A
     return value
 
 
+def check_canonical(again: bytes, data: bytes | memoryview) -> None:
+    """Raises `Damaged("payload")` unless what was decoded from `data` encodes to it `again`.
+
+    Finds what unpacking forgives: keys given twice or in another order, lengths and integers not in shortest form.
+    """
+    if again != data:
+        raise Damaged("payload", "not in the canonical encoding")
+
+
 def want_bytes(value: object, size: int | None = None) -> bytes:
     """`value` as bytes, of exactly `size` bytes if given."""
     if not isinstance(value, bytes) or (size is not None and len(value) != size):

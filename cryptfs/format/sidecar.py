@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptfs.errors import Damaged
-from cryptfs.format.packing import pack, unpack_map, want_bytes, want_int, want_list
+from cryptfs.format.packing import check_canonical, pack, unpack_map, want_bytes, want_int, want_list
 from cryptfs.types import TAG_BYTES, WRAPPED_BYTES
 
 _KEYS = frozenset("rhxt")
@@ -99,7 +99,9 @@ def decode_sidecar(data: bytes | memoryview, block_size: int) -> SidecarPayload:
     xattrs = decode_sealed(value["x"]) if value.get("x") is not None else None
     gone = "x" in value and xattrs is None
     target = decode_sealed(value["t"]) if "t" in value else None
-    return SidecarPayload(runs, holes, xattrs, gone, target)
+    payload = SidecarPayload(runs, holes, xattrs, gone, target)
+    check_canonical(payload.encode(), data)
+    return payload
 
 
 def _decode_run(item: object, block_size: int) -> Run:
