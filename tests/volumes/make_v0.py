@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Make the golden volume of format version 0: v0.tar.gz, and v0.json which says what is in it.
+
+    PYTHONPATH=. .venv/bin/python tests/volumes/make_v0.py
+
+Needs /dev/fuse. The volume is made by the commands a person uses; its passphrase is that of `tests.mount.box`. It is an
+archive because a version control system keeps no hard links, holes, fifos, times or empty directories. To be run
+again only when the format changes, with the change named in FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.mount.box import boxed
+from tests.reference.trees import describe
+
+HERE = Path(__file__).resolve().parent
+BLOCK = 4096
+THEN_S = 1_600_000_000
+
+
+def write_at(path: Path, data: bytes, offset: int) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def fill(top: Path) -> None:
+    """Every shape of file and name that the format treats in a way of its own."""
+    noise = random.Random(0).randbytes
+    (top / "sub" / "deeper").mkdir(parents=True)
+    (top / "empty-dir").mkdir(mode=0o750)
+    (top / "hello.txt").write_text("hello, world\n")
+    (top / "empty").touch()
+    (top / "one-block").write_bytes(noise(BLOCK))
+    (top / "several").write_bytes(noise(3 * BLOCK + 7))
+
+    holes = top / "holes"
+    holes.touch()
+    write_at(holes, b"middle", 5 * BLOCK - 3)
+    os.truncate(holes, 9 * BLOCK + 1)
+
+    overwritten = top / "overwritten"
+    overwritten.write_bytes(noise(4 * BLOCK))
+    for offset in (0, BLOCK, BLOCK + 100, 3 * BLOCK - 10):
+        write_at(overwritten, noise(300), offset)
+
+    cut = top / "cut-and-grown"
+    cut.write_bytes(noise(3 * BLOCK))
+    os.truncate(cut, BLOCK + 10)
+    os.truncate(cut, 2 * BLOCK + 20)
+    write_at(cut, b"tail", 2 * BLOCK + 18)
+
+    (top / ("long name " * 25)).write_text("a name of 250 bytes")
+    Path(os.fsdecode(os.fsencode(top) + b"/bytes \xff\n\x01 .")).write_bytes(b"\xff")
+    (top / ".dir").write_text("a name that means something in the cipher directory")
+    os.symlink("sub/../hello.txt", top / "symlink")
+    os.symlink("t" * 1000, top / "sub" / "long-symlink")
+    os.link(top / "hello.txt", top / "sub" / "deeper" / "hard-link")
+    os.mkfifo(top / "fifo", 0o640)
+
+    (top / "moved").write_text("renamed into another directory")
+    os.rename(top / "moved", top / "sub" / "deeper" / "moved")
+    (top / "old").write_text("renamed over")
+    (top / "victim").write_text("gone")
+    os.rename(top / "old", top / "victim")
+    (top / "removed").write_text("gone")
+    os.unlink(top / "removed")
+    os.chmod(top / "one-block", 0o444)
+
+    for n, path in enumerate(sorted(top.rglob("*"), reverse=True)):
+        os.utime(path, ns=(THEN_S * 10**9, THEN_S * 10**9 + n), follow_symlinks=False)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as parent, boxed(Path(parent)) as box:
+        box.init("--block-size", str(BLOCK), "--label", "golden")
+        box.mount()
+        fill(box.clear)
+        box.remount()
+        expected = describe(box.clear)
+        box.umount()
+        tar = ["tar", "-cSf", "-", "--format=posix", "--pax-option=delete=atime,delete=ctime", "--sort=name"]
+        tar += ["--owner=0", "--group=0", "--numeric-owner", "-C", str(box.root), "vault"]
+        packed = subprocess.run(tar, check=True, stdout=subprocess.PIPE)
+        with (HERE / "v0.tar.gz").open("wb") as out:
+            subprocess.run(["gzip", "-9n"], input=packed.stdout, stdout=out, check=True)
+    (HERE / "v0.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
