@@ -8,11 +8,19 @@ from pathlib import Path
 
 from cryptfs import paths
 from cryptfs.cli import mounts, processes
-from cryptfs.cli.advice import hinted
-from cryptfs.errors import CryptfsError, MountpointUnusable
+from cryptfs.cli.advice import error_for, hinted
+from cryptfs.errors import CryptfsError, MountpointUnusable, UsageError
 
 START_S = 60.0
 """How long a daemon may take until it is ready: it syncs the backing file system first, which may be much."""
+
+FUSE_OPTIONS = frozenset(
+    {
+        "allow_other", "allow_root", "atime", "async", "auto_unmount", "default_permissions", "dev", "dirsync", "exec",
+        "noatime", "nodev", "nodiratime", "noexec", "nosuid", "relatime", "ro", "rw", "suid", "sync",
+    }
+)  # fmt: skip
+"""What the daemon takes after -o; it checks again, but by then a key has been brought in."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,12 @@ class MountOptions:
 
 def check(options: MountOptions) -> None:
     """That the daemon would take these options. Raises `UsageError`, before any key is brought in for nothing."""
-    from cryptfs.daemon.args import parse
+    from cryptfs.keys.policy import MAX_AGE_DEFAULT_S, MAX_ENTRIES_DEFAULT, CachePolicy
 
-    parse(["--cipher-dir", "/", "--mountpoint", "/", "--agent-socket", "/", *options.arguments()])
+    CachePolicy(options.max_age_s or MAX_AGE_DEFAULT_S, options.max_entries or MAX_ENTRIES_DEFAULT, options.max_uses)
+    given = {word for group in options.fuse_options for word in group.split(",") if word}
+    if unknown := sorted(given - FUSE_OPTIONS):
+        raise hinted(UsageError(f"unknown mount option: {unknown[0]}"), f"there are {', '.join(sorted(FUSE_OPTIONS))}")
 
 
 def log_file(volume_id: bytes) -> Path:
@@ -78,7 +89,7 @@ def start(
             raise
     exit_code = starting.end()
     raise processes.reported(line, exit_code) or hinted(
-        CryptfsError("the daemon ended before it was ready"), f"see {log}"
+        error_for(exit_code, "the daemon ended before it was ready"), f"see {log}"
     )
 
 

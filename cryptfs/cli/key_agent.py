@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
-
-import trio
+from typing import TYPE_CHECKING, TypeVar
 
 from cryptfs import paths
 from cryptfs.cli import agent_process
 from cryptfs.errors import AgentUnavailable
-from cryptfs.keys.agent_client import AgentClient, VolumeStatus, open_agent
+
+if TYPE_CHECKING:
+    from cryptfs.keys.agent_client import AgentClient, VolumeStatus
 
 T = TypeVar("T")
-Request = Callable[[AgentClient], Awaitable[T]]
+Request = Callable[["AgentClient"], Awaitable[T]]
 
 CONNECT_ATTEMPTS = 3
 
@@ -29,6 +29,8 @@ class _NotReachedError(Exception):
 
 
 async def _once(request: Request[T]) -> T:
+    from cryptfs.keys.agent_client import open_agent
+
     reached = False
     try:
         async with open_agent(paths.agent_socket()) as client:
@@ -40,13 +42,19 @@ async def _once(request: Request[T]) -> T:
         raise _NotReachedError(str(error)) from error
 
 
+def _run(request: Request[T]) -> T:
+    import trio  # only now: half of the time that `cryptfs status` takes when no agent runs
+
+    return trio.run(_once, request)
+
+
 def _ask(request: Request[T]) -> T:
     """Ask an agent, starting one if needed. Raises what the request raises, or `AgentUnavailable`."""
     why = ""
     for _attempt in range(CONNECT_ATTEMPTS):
         agent_process.ensure_running()
         try:
-            return trio.run(_once, request)
+            return _run(request)
         except _NotReachedError as error:
             why = str(error)
             time.sleep(0.1)
@@ -58,7 +66,7 @@ def _ask_running(request: Request[T], otherwise: T) -> T:
     if not agent_process.is_running():
         return otherwise
     try:
-        return trio.run(_once, request)
+        return _run(request)
     except _NotReachedError:
         return otherwise
 
@@ -128,7 +136,7 @@ def keep(volume_id: bytes, *, keep: bool) -> None:
 
 def stop() -> None:
     """Make the agent forget every key and end."""
-    _ask_running(AgentClient.stop, None)
+    _ask_running(lambda client: client.stop(), None)
 
 
 def create_volume(cipher_dir: Path, *, block_size: int, kdf_cost: str, label: str, secret: bytes) -> None:
@@ -136,6 +144,8 @@ def create_volume(cipher_dir: Path, *, block_size: int, kdf_cost: str, label: st
 
     Raises `AgentUnavailable`, `StoreFailed`, `Denied`.
     """
+    import trio
+
     from cryptfs.cli.new_volume import lay_out
     from cryptfs.format.volume import parse_volume
 

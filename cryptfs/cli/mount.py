@@ -68,7 +68,8 @@ def _mount(
     daemon_process.check(options)
     volume = read_volume(cipher_dir)
     cipher_dir, mountpoint = Path(os.path.realpath(cipher_dir)), mounts.resolved(mountpoint)
-    if (daemon := mounts.daemon_of_volume(cipher_dir)) is not None:
+    daemon = mounts.daemon_of_volume(cipher_dir)
+    if daemon is not None and not mounts.is_leaving(daemon):
         raise VolumeBusy(f"the volume is mounted already, on {daemon.mountpoint}")
     mounts.check_usable(mountpoint, cipher_dir)
     mounts.check_dependencies()

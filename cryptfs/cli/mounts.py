@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 FILESYSTEM_TYPE = "fuse.cryptfs"
 DAEMON_MODULE = "cryptfs.daemon"
+LEAVING_S = 30.0
 ANSWER_S = 5.0
 """How long a mount point may take to answer before it counts as hung."""
 
@@ -260,6 +261,21 @@ def watched(daemon: Daemon | None) -> Iterator[Watch]:
             yield processes.Watch(None)
         else:
             yield watch
+
+
+def is_leaving(daemon: Daemon, timeout_s: float = LEAVING_S) -> bool:
+    """Whether the daemon ends by itself in time: its mount is gone (fusermount3 -u does not wait), it is writing back.
+
+    Returns as soon as it has ended, or as soon as its mount is there after all, because it is just starting.
+    """
+
+    def is_mounted() -> bool:
+        mount = mount_at(daemon.mountpoint)
+        return mount is not None and mount.is_ours
+
+    with watched(daemon) as watch:
+        wait_until(lambda: watch.has_ended(0) or is_mounted(), timeout_s)
+        return watch.has_ended(0)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -10,6 +10,7 @@ import click
 import pytest
 
 from cryptfs import errors
+from cryptfs.cli import daemon_process
 from cryptfs.cli.advice import error_for, hint_for, hinted
 from cryptfs.cli.main import EXIT_INTERNAL, EXIT_SIGNAL, cli
 from cryptfs.cli.processes import clean_environment
@@ -73,12 +74,25 @@ def test_every_verb_and_option_is_documented() -> None:
                 assert not missing, f"{name} takes {missing}"
 
 
-def test_every_mount_option_is_documented() -> None:
+def test_every_mount_option_is_documented_and_taken_by_the_daemon() -> None:
     listed = re.search(r"may be repeated: `([^`]+)`", DOCUMENT)
     assert listed is not None
-    for name in listed[1].split():
+    assert set(listed[1].split()) == daemon_process.FUSE_OPTIONS
+    assert daemon_process.FUSE_OPTIONS >= FUSE_OPTIONS
+    for name in daemon_process.FUSE_OPTIONS:
         parse(["--cipher-dir", "/", "--mountpoint", "/", "--agent-socket", "/", "-o", name])
-    assert set(listed[1].split()) >= FUSE_OPTIONS
+
+
+def test_options_that_the_daemon_would_refuse_are_refused_first() -> None:
+    for options in (
+        daemon_process.MountOptions(fuse_options=("nodev,nonsense",)),
+        daemon_process.MountOptions(max_age_s=float("nan")),
+        daemon_process.MountOptions(max_entries=5),
+    ):
+        with pytest.raises(errors.UsageError):
+            daemon_process.check(options)
+        with pytest.raises(errors.UsageError):
+            parse(["--cipher-dir", "/", "--mountpoint", "/", "--agent-socket", "/", *options.arguments()])
 
 
 def test_the_inherited_environment_is_what_is_documented() -> None:

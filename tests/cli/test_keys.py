@@ -194,6 +194,7 @@ def test_a_killed_agent_is_replaced(cryptfs: Cryptfs, vault: Path) -> None:
 
 IMPOSTOR = """
 import contextlib, socket, sys
+from cryptfs.format.agent_msg import encode_reply
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[1])
 listener.listen()
@@ -201,13 +202,19 @@ print(flush=True)
 while True:
     client, _ = listener.accept()
     with client, contextlib.suppress(OSError):
-        client.recv(9)
-        client.sendall(b"HTTP/1.1 200 OK")
+        client.recv(65536)
+        if sys.argv[2] == "dies":
+            client.sendall(encode_reply(1, {"version": 1, "pid": 1, "started_s": 0}))
+            client.recv(65536)
+        else:
+            client.sendall(b"HTTP/1.1 200 OK")
 """
 
 
-def test_an_agent_that_sends_rubbish(cryptfs: Cryptfs, vault: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", IMPOSTOR, paths.agent_socket()], stdout=subprocess.PIPE) as impostor:
+@pytest.mark.parametrize("how", ["dies", "sends rubbish"])
+def test_an_agent_that(cryptfs: Cryptfs, vault: Path, how: str) -> None:
+    command = [sys.executable, "-c", IMPOSTOR, paths.agent_socket(), how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as impostor:
         assert impostor.stdout is not None
         impostor.stdout.readline()
         ended = cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=16)

@@ -169,6 +169,17 @@ def test_other_tools_unmount_as_cleanly(cryptfs: Cryptfs, vault: Path, clear: Pa
     assert (clear / "file").read_text() == "kept"
 
 
+def test_mounting_again_at_once_waits_for_the_daemon_that_is_leaving(
+    cryptfs: Cryptfs, vault: Path, clear: Path
+) -> None:
+    for round_number in range(3):
+        cryptfs.run("mount", vault, clear, passphrase=PASSPHRASE)
+        (clear / str(round_number)).write_bytes(bytes(1 << 20))
+        subprocess.run(["fusermount3", "-u", clear], check=True)
+    cryptfs.run("mount", vault, clear, passphrase=PASSPHRASE)
+    assert sorted(os.listdir(clear)) == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("verb", ["umount", "mount"])
 def test_a_mount_left_dead_is_cleared(cryptfs: Cryptfs, vault: Path, clear: Path, verb: str) -> None:
     cryptfs.run("mount", vault, clear, passphrase=PASSPHRASE)

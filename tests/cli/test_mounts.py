@@ -191,6 +191,6 @@ def test_a_child_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cod
 
 def test_a_child_that_is_never_ready_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starting = child("sys.stdin = os.fdopen(os.pipe()[0]); sys.stdin.read()", tmp_path, monkeypatch)
-    assert starting.wait_ready(0.2) is None
-    starting.end()
+    with processes.ended_unless_left(starting):
+        assert starting.wait_ready(0.2) is None
     assert starting.process.returncode is not None
