@@ -200,6 +200,9 @@ def check_dependencies() -> None:
     if not os.path.exists("/dev/fuse"):
         missing = MissingDependency("/dev/fuse is missing")
         raise hinted(missing, "load the module with `modprobe fuse`; in a container, start it with --device /dev/fuse")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        denied = MissingDependency("/dev/fuse may not be opened by this user")
+        raise hinted(denied, "its mode should be 0666, or this user should be in its group: `ls -l /dev/fuse`")
     if importlib.util.find_spec("pyfuse3") is None:
         raise hinted(
             MissingDependency("the Python package pyfuse3 is missing"), "pip install pyfuse3 (Debian: libfuse3-dev)"

@@ -131,6 +131,15 @@ def test_a_machine_without_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fuse3" in failure.value.__notes__[0]
 
 
+@pytest.mark.parametrize(("call", "why"), [("exists", "/dev/fuse is missing"), ("access", "may not be opened")])
+def test_a_machine_without_a_usable_device(monkeypatch: pytest.MonkeyPatch, call: str, why: str) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("os.path.exists", lambda _path: True)
+    monkeypatch.setattr("os.path.exists" if call == "exists" else "os.access", lambda *_: False)
+    with pytest.raises(MissingDependency, match=why):
+        mounts.check_dependencies()
+
+
 def test_a_daemon_is_found_by_its_command_line_and_watched_to_its_end(tmp_path: Path) -> None:
     words = ["-m", "cryptfs.daemon", "--cipher-dir", str(tmp_path), "--mountpoint", "/m n", "--agent-socket", "/s"]
     with subprocess.Popen(
