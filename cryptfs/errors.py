@@ -17,8 +17,8 @@
     +-- ProtocolError              22   a message that breaks the agent protocol
     +-- Denied                     23   a policy of the agent refuses the request
 
-The numbers are part of the command line's contract (docs/CLI_ABI.md): never reused, never renumbered.
-This module imports nothing; only `cli` turns an error into advice, only `fuse` into an errno.
+The numbers are part of the command line's contract (docs/CLI_ABI.md): never reused, never renumbered. This module
+imports nothing; only `cli` turns an error into advice, only `fuse` into an errno.
 """
 
 

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cryptfs.types import Buffer as Buffer
-from cryptfs.types import Purpose
+from cryptfs.types import Buffer, Purpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +32,8 @@ class KeyRun:
 class FreshKeys:
     """Keys made by the agent for one log: `keys[i]` (32 bytes) and `wrapped[i]` (40).
 
-    The cache overwrites the keys when their time is up and then sets `wiped`: whoever keeps a stock checks it, after its
-    last `await`, before it encrypts.
+    The cache overwrites the keys when their time is up and then sets `wiped`: whoever keeps a stock checks it, after
+    its last `await`, before it encrypts.
     """
 
     kek_version: int
@@ -62,8 +61,8 @@ class Kit:
 class DekProvider(Protocol):
     """The only way to a key in clear. Batches only: one round trip to the agent costs as much as 50 keys in it.
 
-    Every method may raise `AgentUnavailable` or `VolumeLocked`. A view handed out is valid until the
-    caller's next `await`; after that the cache may have wiped it.
+    Every method may raise `AgentUnavailable` or `VolumeLocked`. A view handed out is valid until the caller's next
+    `await`; after that the cache may have wiped it.
     """
 
     def peek(self, wrapped: bytes) -> memoryview | None:
@@ -78,8 +77,10 @@ class DekProvider(Protocol):
         ...
 
     async def warm(self, runs: Sequence[KeyRun]) -> None:
-        """Bring keys into the cache that may be wanted soon, in one round trip. Keys that do not unwrap are left out;
-        nothing happens if the agent is away or the cache keeps nothing."""
+        """Bring keys into the cache that may be wanted soon, in one round trip.
+
+        Keys that do not unwrap are left out; nothing happens if the agent is away or the cache keeps nothing.
+        """
         ...
 
     async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
@@ -116,7 +117,8 @@ class Random(Protocol):
 class Store(Protocol):
     """The POSIX calls the volume is made of, one to one, on small integers as descriptors.
 
-    Paths are single names relative to a directory descriptor (or "." for itself); nothing follows a symlink. Every method may raise
+    Paths are single names relative to a directory descriptor (or "." for itself); nothing follows a symlink. Every
+    method may raise
     `OSError`. Implementations: `store.local` (the kernel), `store.memory` (a disk model for crash tests).
     All calls may block; callers move the slow ones (`fsync`, `fdatasync`, `syncfs`, cold reads) to a thread.
     """
@@ -183,8 +185,8 @@ class RootKey(Protocol):
     def unwrap(self, wrapped: bytes, context: bytes) -> bytearray:
         """The KEK (32 bytes, for the caller to wipe).
 
-        Raises `WrongSecret` if it was not wrapped by this root key under this context ("not mine": the caller
-        goes on to the next protector); `CryptfsError` of another kind if the root key's holder fails.
+        Raises `WrongSecret` if it was not wrapped by this root key under this context ("not mine": the caller goes on
+        to the next protector); `CryptfsError` of another kind if the root key's holder fails.
         """
         ...
 

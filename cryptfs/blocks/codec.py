@@ -1,7 +1,7 @@
 """One run of blocks at a time: plaintext -> ciphertext and tags, and back. Synchronous, no I/O, no copies of plaintext.
 
-A `Slots` object is scratch memory laid out as the primitive wants it, `block_size` + 16 bytes per block, while the files
-hold ciphertext only: the views skip the tags, so that one `pwritev`/`preadv` moves a whole run.
+A `Slots` object is scratch memory laid out as the primitive wants it, `block_size` + 16 bytes per block, while the
+files hold ciphertext only: the views skip the tags, so that one `pwritev`/`preadv` moves a whole run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from cryptfs.types import TAG_BYTES, Buffer
 
 
 class Slots:
-    """Scratch for `count` blocks. `ciphers[i]`: block i's ciphertext; `tagged[i]`: ciphertext and tag; `tags[i]`: the tag."""
+    """Scratch for `count` blocks.
+
+    `ciphers[i]`: block i's ciphertext; `tagged[i]`: ciphertext and tag; `tags[i]`: the tag.
+    """
 
     __slots__ = ("block_size", "ciphers", "count", "tagged", "tags")
 
@@ -67,7 +70,9 @@ class BlockCodec:
         self, file_id: bytes, extent: Extent, first: int, end: int, deks: Sequence[Buffer], slots: Slots,
         out: memoryview,
     ) -> int:  # fmt: skip
-        """Decrypt what `targets` was read into, to `out` ((end - first) · block_size bytes; a short block leaves its end alone).
+        """Decrypt what `targets` was read into, to `out` ((end - first) · block_size bytes.
+
+        A short block leaves its end alone).
 
         Returns -1, or the index of the first block that is not authentic: then nothing in `out` may be used.
         """

@@ -22,13 +22,14 @@ HOME_DATA, HOME_TWIN = 0, 1
 class Extent:
     """Blocks `first` … `end` - 1, all of one version, home and KEK version; `base` is `first` at the time of writing.
 
-    `wrapped` and `tags` are those of the whole run as written and shared by all its pieces. `last_len` is the length in bytes of block `end` - 1.
+    `wrapped` and `tags` are those of the whole run as written and shared by all its pieces. `last_len` is the length
+    in bytes of block `end` - 1.
     """
 
     __slots__ = ("alive", "base", "end", "first", "generation", "home", "kek_version", "last_len", "stage", "tags",
                  "version", "wrapped")  # fmt: skip
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - one per field, on the path of every write
         self, first: int, end: int, version: int, last_len: int, home: int, kek_version: int, wrapped: bytes,
         tags: bytes, stage: int, generation: int = 0, base: int | None = None,
     ) -> None:  # fmt: skip
@@ -64,8 +65,9 @@ class Extent:
     def run(self) -> Run:
         """As a sidecar record."""
         a, b = self.first - self.base, self.end - self.base
-        return Run(self.first, self.version, self.last_len, self.home, self.kek_version,
-                   self.wrapped[a * WRAPPED_BYTES : b * WRAPPED_BYTES], self.tags[a * TAG_BYTES : b * TAG_BYTES])  # fmt: skip
+        wrapped = self.wrapped[a * WRAPPED_BYTES : b * WRAPPED_BYTES]
+        tags = self.tags[a * TAG_BYTES : b * TAG_BYTES]
+        return Run(self.first, self.version, self.last_len, self.home, self.kek_version, wrapped, tags)
 
 
 class ExtentMap:

@@ -1,8 +1,8 @@
 """AES-256-GCM for blocks and attributes (NIST SP 800-38D), by `cryptography`.
 
-Every key here encrypts exactly one plaintext once: a DEK belongs to one version of one block, an attribute key
-to one version of one value. GCM needs (key, nonce) pairs to be unique, so with a key that is never used twice the nonce
-may be constant, and there is none to store or to get wrong.
+Every key here encrypts exactly one plaintext once: a DEK belongs to one version of one block, an attribute key to one
+version of one value. GCM needs (key, nonce) pairs to be unique, so with a key that is never used twice the nonce may
+be constant, and there is none to store or to get wrong.
 """
 
 from __future__ import annotations

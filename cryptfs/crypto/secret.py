@@ -1,7 +1,7 @@
 """A key or passphrase as a type: it can be used and wiped, and not printed, copied or pickled by accident.
 
-What Python cannot promise: libraries that are given the bytes make copies of their own, and a `bytes` object
-that a secret was made from cannot be overwritten. The wipe here covers the one buffer a `Secret` owns.
+What Python cannot promise: libraries that are given the bytes make copies of their own, and a `bytes` object that a
+secret was made from cannot be overwritten. The wipe here covers the one buffer a `Secret` owns.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Wrapping and unwrapping of keys under a KEK (FORMAT.md §1). Only the agent imports this module.
 
-A KEK never wraps a key itself. It yields one wrapping key per (purpose, id, KEK version) by HKDF-Expand
-(RFC 5869 §2.3; the extract step is skipped as §3.3 allows, the KEK being uniformly random), and AES-256 key
-wrap (RFC 3394, NIST SP 800-38F KW) is done under that. So what a wrapped key is for is bound into it.
+A KEK never wraps a key itself. It yields one wrapping key per (purpose, id, KEK version) by HKDF-Expand (RFC 5869
+§2.3; the extract step is skipped as §3.3 allows, the KEK being uniformly random), and AES-256 key wrap (RFC 3394,
+NIST SP 800-38F KW) is done under that. So what a wrapped key is for is bound into it.
 """
 
 from __future__ import annotations

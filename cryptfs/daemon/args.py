@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> DaemonArgs:
     options = {word for group in given.options for word in group.split(",") if word}
     unknown = options - FUSE_OPTIONS - _OURS
     if unknown:
-        raise UsageError(f"unknown mount option: {sorted(unknown)[0]}")
+        raise UsageError(f"unknown mount option: {min(unknown)}")
     policy = CachePolicy(given.max_age, given.max_entries, given.max_uses, caching=not given.no_cache)
     return DaemonArgs(
         given.cipher_dir, given.mountpoint, given.agent_socket, given.ready_fd, given.log_file,

@@ -25,7 +25,10 @@ class ImportGuard:
     """A meta path finder that raises for forbidden modules (importlib's finder protocol)."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self,
+        name: str,
+        path: Sequence[str] | None = None,  # noqa: ARG002 - importlib's signature
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
         """Raises ImportError for a forbidden name; None, so that others look, for any other."""
         if name.startswith(FORBIDDEN) and any(name == f or name.startswith(f + ".") for f in FORBIDDEN):

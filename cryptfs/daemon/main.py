@@ -1,7 +1,7 @@
 """One mount from start to end: agent link, key cache, volume, FUSE; and the same backwards.
 
-Beginning: attach to the agent, take the volume's lock, begin an epoch, mount, answer requests, say "ready". Ending, however the mount ended:
-everything durable, the epoch closed, the agent told, the process gone.
+Beginning: attach to the agent, take the volume's lock, begin an epoch, mount, answer requests, say "ready". Ending,
+however the mount ended: everything durable, the epoch closed, the agent told, the process gone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
+import trio.lowlevel
 
 from cryptfs.daemon.args import DaemonArgs, parse
 from cryptfs.daemon.process import harden, open_log, say
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         clean = trio.run(_serve, args, restrict_keyboard_interrupt_to_checkpoints=True)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits for "ready" is told
         return _failed(args, error)
     return 0 if clean else StoreFailed.exit_code
 
@@ -136,7 +137,7 @@ async def _attach(link: AgentLink) -> None:
 
 async def _announce(args: DaemonArgs) -> None:
     """Say "ready" once requests are answered: this task runs only after the loop has started."""
-    await trio.sleep(0)
+    await trio.lowlevel.checkpoint()
     log.info("mounted %s on %s", args.cipher_dir, args.mountpoint)
     say(args.ready_fd, "ready")
 

@@ -1,9 +1,9 @@
 """Messages between agent and client as bytes (docs/AGENT_PROTOCOL.md): framing and msgpack, no sockets.
 
 Rules of this file: it does not know which side it serves; bytes go in, messages come out, or `ProtocolError` is
-raised, after which the stream is lost and the connection must be closed. It bounds sizes, nesting and types of
-what it decodes; what a verb's arguments must be is checked where the verb is served. Args and results hold keys
-and passphrases: no message shows them in its repr, and no error quotes them.
+raised, after which the stream is lost and the connection must be closed. It bounds sizes, nesting and types of what
+it decodes; what a verb's arguments must be is checked where the verb is served. Args and results hold keys and
+passphrases: no message shows them in its repr, and no error quotes them.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class _Decoder(Generic[M]):
     def feed(self, data: bytes) -> list[M]:
         """Add received bytes; return the messages they complete, in order.
 
-        Raises `ProtocolError` at the first message that breaks the protocol (messages before it in the same
-        call are lost with the connection), and at every call after that.
+        Raises `ProtocolError` at the first message that breaks the protocol (messages before it in the same call are
+        lost with the connection), and at every call after that.
         """
         if self._broken:
             raise ProtocolError("the stream broke the protocol before")

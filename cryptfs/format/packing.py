@@ -30,7 +30,7 @@ def unpack_map(data: bytes | memoryview, allowed: frozenset[str]) -> dict[str, A
             max_map_len=size,
             max_ext_len=0,
         )
-    except Exception as error:  # msgpack raises a handful of unrelated types; none carries more than "malformed"
+    except Exception as error:  # noqa: BLE001 - msgpack raises a handful of unrelated types for "malformed"
         raise Damaged("payload", type(error).__name__) from None
     if not isinstance(value, dict) or not allowed.issuperset(value):
         raise Damaged("payload", "not a map of known keys")

@@ -58,9 +58,7 @@ class SidecarPayload:
         """The msgpack map."""
         out: dict[str, object] = {}
         if self.runs:
-            out["r"] = [
-                (r.first, r.version, r.last_len, r.home, r.kek_version, r.wrapped, r.tags) for r in self.runs
-            ]
+            out["r"] = [(r.first, r.version, r.last_len, r.home, r.kek_version, r.wrapped, r.tags) for r in self.runs]
         if self.holes:
             out["h"] = self.holes
         if self.xattrs or self.xattrs_gone:
@@ -84,7 +82,10 @@ def decode_sealed(value: object) -> Sealed:
     """Raises `Damaged("payload")`."""
     generation, kek_version, wrapped, sealed = want_list(value, 4)
     return Sealed(
-        want_int(generation), want_int(kek_version, 1, 2**32 - 1), want_bytes(wrapped, WRAPPED_BYTES), want_bytes(sealed)
+        want_int(generation),
+        want_int(kek_version, 1, 2**32 - 1),
+        want_bytes(wrapped, WRAPPED_BYTES),
+        want_bytes(sealed),
     )
 
 

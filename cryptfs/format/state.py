@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass, replace
 
@@ -35,7 +36,7 @@ class State:
         if self.epoch >= EPOCH_MAX:
             raise VolumeDamaged("the mount epochs of this volume are used up")
         unclean = self.unclean if self.clean else _add(self.unclean, self.epoch)
-        return State(self.sequence + 1, self.epoch + 1, False, unclean)
+        return State(self.sequence + 1, self.epoch + 1, clean=False, unclean=unclean)
 
     def ended(self) -> State:
         """What a clean unmount writes."""
@@ -73,7 +74,7 @@ def decode_slot(data: bytes) -> tuple[State, bytes] | None:
     ranges = tuple(_RANGE.unpack_from(data, _FIXED.size + i * _RANGE.size) for i in range(count))
     state = State(sequence, epoch, bool(clean), ranges)
     ascending = all(first <= last for first, last in ranges) and all(
-        a[1] + 1 < b[0] for a, b in zip(ranges, ranges[1:], strict=False)
+        a[1] + 1 < b[0] for a, b in itertools.pairwise(ranges)
     )
     if not ascending or state.signed() != data[:SIGNED_BYTES]:
         return None

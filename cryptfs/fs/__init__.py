@@ -1,1 +1,4 @@
-"""The filesystem itself: files, directories, their logs and what a crash leaves. Knows keys and storage only through `ports`."""
+"""The filesystem itself: files, directories, their logs and what a crash leaves.
+
+Knows keys and storage only through `ports`.
+"""

@@ -1,6 +1,7 @@
 """One directory: its sealed log, its names, what it says it holds.
 
-A change is one frame first and the call on the tree second. A crash between the two, or a power cut that keeps one without the other, leaves
+A change is one frame first and the call on the tree second. A crash between the two, or a power cut that keeps one
+without the other, leaves
 `.dir` and the tree of two minds about one entry; its epoch did not end cleanly, and `reconcile` lets the tree decide.
 """
 
@@ -37,7 +38,8 @@ class DirKeys:
 class DirNode:
     """An open directory. `entries`: sealed name -> entry, in the order they were made.
 
-    `lock` is held alone by whoever changes the directory; looking a name up takes no lock, since no change awaits half-way.
+    `lock` is held alone by whoever changes the directory; looking a name up takes no lock, since no change awaits
+    half-way.
     """
 
     def __init__(self, ctx: FsContext, ino: int, fd: int, header: LogHeader) -> None:
@@ -201,7 +203,10 @@ class DirNode:
 
     @classmethod
     def create(cls, ctx: FsContext, fd: int, kit: Kit) -> DirNode:
-        """Write a new, empty log into the directory behind `fd`. Synchronous: the kit's keys are good. Raises OSError."""
+        """Write a new, empty log into the directory behind `fd`. Synchronous: the kit's keys are good.
+
+        Raises OSError.
+        """
         assert kit.names_wrapped is not None
         header = LogHeader(KIND_DIR, kit.kek_version, kit.log_id, kit.log_wrapped, kit.names_wrapped)
         node = cls(ctx, 0, fd, header)
@@ -213,7 +218,10 @@ class DirNode:
 
     @classmethod
     async def open(cls, ctx: FsContext, ino: int, fd: int, dir_id: bytes) -> DirNode:
-        """Read and verify the log of the directory behind `fd`, which the node owns from now on. Raises `Damaged`, OSError, key errors."""
+        """Read and verify the log of the directory behind `fd`, which the node owns from now on.
+
+        Raises `Damaged`, OSError, key errors.
+        """
         store = ctx.store
         try:
             log_fd = store.open(fd, DIR_LOG, os.O_RDONLY if ctx.read_only else os.O_RDWR)

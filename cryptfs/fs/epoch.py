@@ -1,8 +1,9 @@
 """The `state` file: beginning and ending a mount epoch (FORMAT.md §4).
 
-Beginning: syncfs, write the next epoch into the other slot, fdatasync, and only then anything else. Whatever an earlier daemon left in the page cache is
-thereby durable or gone: what reads back from now on is durable. A crash before the fdatasync returns leaves the old state; after it, an
-epoch that ended uncleanly and holds nothing, which forgives nothing.
+Beginning: syncfs, write the next epoch into the other slot, fdatasync, and only then anything else. Whatever an
+earlier daemon left in the page cache is thereby durable or gone: what reads back from now on is durable. A crash
+before the fdatasync returns leaves the old state; after it, an epoch that ended uncleanly and holds nothing, which
+forgives nothing.
 
 Ending: everything durable first, then the same epoch, clean.
 """
@@ -35,9 +36,9 @@ def read_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview) -
     good: list[State] = []
     for at in (0, SLOT_BYTES):
         slot = decode_slot(raw[at : at + SLOT_BYTES])
-        if slot is not None and same(mac(volume_key, volume_id, slot[0].signed()), slot[1]):
-            if slot[0].slot * SLOT_BYTES == at:
-                good.append(slot[0])
+        authentic = slot is not None and same(mac(volume_key, volume_id, slot[0].signed()), slot[1])
+        if slot is not None and authentic and slot[0].slot * SLOT_BYTES == at:
+            good.append(slot[0])
     if not good:
         raise VolumeDamaged("the volume's `state` file is damaged: neither of its two slots is authentic")
     return max(good, key=lambda state: state.sequence)

@@ -1,7 +1,8 @@
 """Reading, writing and cutting one file. `journal` makes it durable.
 
 `read` is the path everything serves: which extents, their ciphertext from disk, their DEKs from the cache or the
-agent, decrypt, join. `write` is its mirror image: homes that hold nothing durable, fresh DEKs, encrypt, write, then the map.
+agent, decrypt, join. `write` is its mirror image: homes that hold nothing durable, fresh DEKs, encrypt, write, then
+the map.
 
 A crash between any two calls here leaves data in homes that no durable frame names, which is invisible.
 """
@@ -61,7 +62,10 @@ class FileNode:
         return bytes(await self.read_into(memoryview(bytearray(count + 2 * block_size)), offset, count))
 
     async def read_into(self, out: memoryview, offset: int, count: int) -> memoryview:
-        """As `read`, decrypting into `out` (`count` and two blocks long at least); returns the part of it that is the answer."""
+        """As `read`, decrypting into `out` (`count` and two blocks long at least).
+
+        Returns the part of it that is the answer.
+        """
         state = self.state
         if not self.journal.loaded:
             await self.journal.load()
@@ -151,7 +155,10 @@ class FileNode:
     # writing ---------------------------------------------------------------------------------------------------
 
     async def write(self, offset: int, data: Buffer) -> int:
-        """All of `data` at `offset`; returns its length. Raises OSError (then the file is as it was), `Damaged`, key errors."""
+        """All of `data` at `offset`; returns its length.
+
+        Raises OSError (then the file is as it was), `Damaged`, key errors.
+        """
         if not data:
             return 0
         if offset + len(data) > SIZE_MAX:
@@ -247,13 +254,13 @@ class FileNode:
         out: list[tuple[int, int, int]] = []
         at = first
         for a, b, home in sorted(taken):
-            a, b = max(a, at), min(b, end)
-            if a >= b:
+            start, stop = max(a, at), min(b, end)
+            if start >= stop:
                 continue
-            if at < a:
-                _extend(out, at, a, HOME_DATA)
-            _extend(out, a, b, home)
-            at = b
+            if at < start:
+                _extend(out, at, start, HOME_DATA)
+            _extend(out, start, stop, home)
+            at = stop
         if at < end:
             _extend(out, at, end, HOME_DATA)
         return out

@@ -166,7 +166,10 @@ class Files:
     # open files ------------------------------------------------------------------------------------------------
 
     async def open(self, inode: Inode, *, writing: bool = False) -> FileNode:
-        """Open a regular file once more; pair with `release`. Nothing but the data file is touched before it is used."""
+        """Open a regular file once more; pair with `release`.
+
+        Nothing but the data file is touched before it is used.
+        """
         file = inode.file
         if file is None:
             parent, name = inode.place()
@@ -185,7 +188,10 @@ class Files:
         return file
 
     def _open_data(self, dir_fd: int, name: bytes) -> tuple[int, bool]:
-        """(descriptor, writable). A file its owner may not open is opened all the same: the kernel checked the caller."""
+        """(descriptor, writable).
+
+        A file its owner may not open is opened all the same: the kernel checked the caller.
+        """
         store = self.ctx.store
         if self.ctx.read_only:
             return store.open(dir_fd, name, os.O_RDONLY), False
@@ -220,7 +226,10 @@ class Files:
         return inode.file
 
     async def release(self, inode: Inode) -> None:
-        """One opening less; the last one appends what no frame says yet and lets the descriptors go. Never raises OSError."""
+        """One opening less; the last one appends what no frame says yet and lets the descriptors go.
+
+        Never raises OSError.
+        """
         file = inode.file
         assert file is not None
         file.opens -= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cryptfs.blocks.extents import DURABLE, Extent, ExtentMap
 from cryptfs.errors import Damaged
-from cryptfs.format.sidecar import decode_sidecar
+from cryptfs.format.sidecar import Run, decode_sidecar
 from cryptfs.fs.sealed_log import Replay
 
 POISON = 9
@@ -30,11 +30,14 @@ def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, 
                 if end > last or (end - 1) * block_size + run.last_len > size:
                     raise Damaged("payload", "a record past the end of the file")
                 blocks.remove(run.first, end)
-                blocks.insert(
-                    Extent(run.first, end, run.version, run.last_len, run.home, run.kek_version, run.wrapped, run.tags,
-                           DURABLE, head.generation)  # fmt: skip
-                )
+                blocks.insert(_extent(run, head.generation))
         elif head.first < head.end:
             blocks.remove(head.first, head.end)
             blocks.insert(Extent(head.first, head.end, 0, block_size, POISON, 0, b"", b"", DURABLE, head.generation))
     return blocks, size
+
+
+def _extent(run: Run, generation: int) -> Extent:
+    end = run.first + run.count
+    rest = (run.home, run.kek_version, run.wrapped, run.tags)
+    return Extent(run.first, end, run.version, run.last_len, *rest, DURABLE, generation)

@@ -1,7 +1,8 @@
 """What the kernel may ask about by number: inodes, the directories and files behind them, and how long each is kept.
 
-An inode is its number in `tree/` (so that numbers survive a remount) and a way to it: its directory and name there. Descriptors
-are held for open files, and for a bounded number of directories, never for every inode the kernel has cached.
+An inode is its number in `tree/` (so that numbers survive a remount) and a way to it: its directory and name there.
+Descriptors are held for open files, and for a bounded number of directories, never for every inode the kernel has
+cached.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ fsync: one frame appended, then data, twin and log synced at the same time. Only
 versions count as durable; only then is the data file cut, and only the next frame says so (`durable_up_to`).
 
 A crash before the frame: the file as of the frame before. Between frame and syncs: any of them may be missing, and
-the frame is above `durable_up_to`, so `recovery` falls back to the longest prefix that authenticates; the versions it needs are all still in place because
-writers never touch the home of a durable version. After the syncs: the new state, whatever `durable_up_to` says.
+the frame is above `durable_up_to`, so `recovery` falls back to the longest prefix that authenticates; the versions it
+needs are all still in place because writers never touch the home of a durable version. After the syncs: the new
+state, whatever `durable_up_to` says.
 """
 
 from __future__ import annotations
@@ -132,7 +133,10 @@ class Journal:
     # fsync -----------------------------------------------------------------------------------------------------
 
     async def fsync(self, *, data_only: bool = False) -> None:
-        """Return once everything written before the call is durable. Raises OSError, and keeps raising it after a failed sync."""
+        """Return once everything written before the call is durable.
+
+        Raises OSError, and keeps raising it after a failed sync.
+        """
         async with self._syncing:
             if self._sync_error is not None:
                 # The kernel may have dropped what it could not write: a later success would be a lie.
@@ -235,7 +239,10 @@ class Journal:
     # opening ---------------------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Find out what the file is: header, sidecar, block map. Raises `Damaged`, OSError, key errors; may be tried again."""
+        """Find out what the file is: header, sidecar, block map.
+
+        Raises `Damaged`, OSError, key errors; may be tried again.
+        """
         await self.state.lock.acquire_exclusive()
         try:
             if not self.loaded:
@@ -330,4 +337,3 @@ class Journal:
         if self.log is not None:
             self.ctx.store.close(self.log.fd)
             self.log = None
-

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class SharedLock:
     """Fair: waiters are served in order, consecutive readers together.
 
-    Unlike `trio.Lock` taking it when it is free is no checkpoint: a request that finds everything in memory runs to its end
-    without a trip through the scheduler.
+    Unlike `trio.Lock` taking it when it is free is no checkpoint: a request that finds everything in memory runs to
+    its end without a trip through the scheduler.
     """
 
     __slots__ = ("_exclusive", "_shared", "_waiting")

@@ -1,8 +1,9 @@
 """Names: looking up, listing, making, removing, renaming, linking.
 
-Every change is: all awaits first (directories open, keys at hand), then one stretch without an await: frame, call on the tree, memory. So other
-requests see it whole or not at all, and a crash leaves what `directory` and `reconcile` know how to settle. The exceptions (a sync before a long name or before something
-acknowledged enters a new directory) happen before the frame, under the directories' locks.
+Every change is: all awaits first (directories open, keys at hand), then one stretch without an await: frame, call on
+the tree, memory. So other requests see it whole or not at all, and a crash leaves what `directory` and `reconcile`
+know how to settle. The exceptions (a sync before a long name or before something acknowledged enters a new directory)
+happen before the frame, under the directories' locks.
 """
 
 from __future__ import annotations
@@ -101,7 +102,10 @@ class Namespace:
         return list(node.entries.values())
 
     async def described(self, inode: Inode, entries: Sequence[Entry]) -> list[tuple[bytes, Attr | None] | None]:
-        """(name, attributes) of each entry; None for one that is gone by now, attributes None for one that is damaged."""
+        """(name, attributes) of each entry.
+
+        None for one that is gone by now, attributes None for one that is damaged.
+        """
         node = await self.inodes.dir(inode)
         node.pins += 1
         try:
@@ -218,7 +222,14 @@ class Namespace:
             text = encode_target_text(kit.log_id, len(target))
             try:
                 attr = await self._make(
-                    parent, node, name, Kind.SYMLINK, kit.log_id, 0, owner, lambda n: ctx.store.symlink(text, node.fd, n)
+                    parent,
+                    node,
+                    name,
+                    Kind.SYMLINK,
+                    kit.log_id,
+                    0,
+                    owner,
+                    lambda n: ctx.store.symlink(text, node.fd, n),
                 )
             except BaseException:
                 self.reaper.add_id(kit.log_id)
@@ -287,7 +298,7 @@ class Namespace:
             source = await self.inodes.dir(above)
             source.pins += 1
             try:
-                await self._before_entering(node, inode.log_id, (await node.keys()).names.seal(name))
+                await self._before_entering(node, inode.log_id)
                 keys = await node.keys()
                 sealed = self._free_name(node, keys.names.seal(name))
                 below = tree_name(sealed)
@@ -373,8 +384,8 @@ class Namespace:
             if flags == RENAME_EXCHANGE:
                 if dst is None:
                     raise os_error(errno.ENOENT)
-                await self._before_entering(source, dst.log_id, src.sealed)
-            await self._before_entering(target, src.log_id, dst_sealed)
+                await self._before_entering(source, dst.log_id)
+            await self._before_entering(target, src.log_id)
             replaced: tuple[Inode, DirNode] | None = None
             if dst is not None and flags != RENAME_EXCHANGE:
                 replaced = await self._may_replace(new, target, src, dst)
@@ -397,7 +408,7 @@ class Namespace:
             raise os_error(errno.ENOTEMPTY)
         return inode, child
 
-    async def _rename(
+    async def _rename(  # noqa: PLR0913, PLR0917 - a rename has two sides
         self, old: Inode, new: Inode, source: DirNode, target: DirNode, src: Entry, dst: Entry | None,
         dst_sealed: bytes, flags: int, replaced: tuple[Inode, DirNode] | None,
     ) -> None:  # fmt: skip
@@ -429,9 +440,7 @@ class Namespace:
         if back is not None and dst_st is not None:
             self._moved(dst_st.st_ino, back.log_id, new, dst_below, old, src_below)
 
-    async def _log_rename(
-        self, source: DirNode, target: DirNode, src: Entry, moved: Entry, back: Entry | None
-    ) -> None:
+    async def _log_rename(self, source: DirNode, target: DirNode, src: Entry, moved: Entry, back: Entry | None) -> None:
         """The frames of a rename: one if it stays in its directory, else the target's first."""
         # Both keys are fetched before either log is written.
         await target.keys()
@@ -491,7 +500,10 @@ class Namespace:
         node.pins -= 1
 
     async def _changing_both(self, a: Inode, b: Inode) -> tuple[DirNode, DirNode]:
-        """Both directories of a rename, locked in the order of their numbers so that two renames cannot wait for each other."""
+        """Both directories of a rename.
+
+        Locked in the order of their numbers so that two renames cannot wait for each other.
+        """
         if a is b:
             node = await self._changing(a)
             return node, node
@@ -519,7 +531,7 @@ class Namespace:
         attr = await self._look(parent, node, entry)
         return attr.inode, await self.inodes.dir(attr.inode)
 
-    async def _before_entering(self, target: DirNode, log_id: bytes, sealed: bytes) -> None:
+    async def _before_entering(self, target: DirNode, log_id: bytes) -> None:
         """Something that may be acknowledged enters a directory that may not be durable: make it durable first."""
         inode = self.inodes.get(target.ino)
         if target.dir_id in self.files.new_ids and log_id not in self.files.new_ids:
@@ -539,7 +551,7 @@ class Namespace:
         above = store.fstat(parent.fd)
         if above.st_mode & stat.S_ISGID:
             gid = above.st_gid
-        if self._own.uid != 0 and owner.uid != self._own.uid:
+        if self._own.uid not in {0, owner.uid}:
             return
         if name:
             store.chown(fd, name, owner.uid, gid)

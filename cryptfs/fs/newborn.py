@@ -46,4 +46,6 @@ async def kit_for(ctx: FsContext, dir_id: bytes) -> Kit:
     log_keys = await ctx.keys.generate(dir_id, Purpose.LOG_DIR, 1)
     if names.wiped:
         raise Damaged("wrap", "keys expired while a directory was rebuilt")
-    return Kit(dir_id, log_keys.kek_version, log_keys.keys[0], log_keys.wrapped[0], names.keys[0], names.wrapped[0], None)
+    return Kit(
+        dir_id, log_keys.kek_version, log_keys.keys[0], log_keys.wrapped[0], names.keys[0], names.wrapped[0], None
+    )

@@ -4,7 +4,8 @@ A program that walks a tree (`grep -r`, `tar`, a compiler, a backup) lists a dir
 one. Each would cost a round trip to the agent; asked for together, keys cost a hundredth of that. Only after a
 directory was listed, and only when a key was missing anyway.
 
-The sidecars are read on a thread, and kept parsed until their files are opened. They are kept only if no sidecar was written meanwhile.
+The sidecars are read on a thread, and kept parsed until their files are opened. They are kept only if no sidecar was
+written meanwhile.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Prefetcher:
         return self._sidecars.pop(log_id, None)
 
     async def warm(self, inode: Inode, parsed: Replay) -> None:
-        """Get the keys of a small file, and those of its neighbours, into the cache. Never fails: the strict way comes next."""
+        """Get the keys of a small file, and those of its neighbours, into the cache.
+
+        Never fails: the strict way comes next.
+        """
         runs = first_keys(parsed, self.ctx.config.block_size)
         ids = self._neighbours(inode)
         if ids:

@@ -1,8 +1,8 @@
 """What is dead in the tree but may not be deleted yet: sidecars of removed files, removed directories in `tmp/`.
 
-A sidecar that is deleted while the removal of its file is not durable would, after a power cut, leave the file without
-its keys. So things are deleted only after a sync of the file system that came after their removal. A crash before that leaves
-orphans, which cost space and nothing else.
+A sidecar that is deleted while the removal of its file is not durable would, after a power cut, leave the file
+without its keys. So things are deleted only after a sync of the file system that came after their removal. A crash
+before that leaves orphans, which cost space and nothing else.
 """
 
 from __future__ import annotations

@@ -82,7 +82,10 @@ def _first_bytes(store: Store, fd: int, name: bytes, count: int) -> bytes:
 
 
 async def reconcile(node: DirNode) -> None:
-    """Bring `node`'s log in line with its tree and say so in a frame (none on a read-only mount). The caller holds its lock."""
+    """Bring `node`'s log in line with its tree and say so in a frame (none on a read-only mount).
+
+    The caller holds its lock.
+    """
     ctx = node.ctx
     tree = await ctx.in_thread(survey, ctx.store, node.fd)
     volume_key = bytes(await ctx.volume_key())

@@ -1,12 +1,13 @@
 """What a crash left of one file: the longest prefix of its history whose blocks are all there (FORMAT.md §9).
 
-Runs once, on the first opening after an epoch that ended uncleanly, and settles the file: log and data file are cut to
-what was kept and a new frame says so. A crash in here leaves the same file to be settled again: the cut log is a prefix that was chosen
-before, and choosing is a function of what lies on disk.
+Runs once, on the first opening after an epoch that ended uncleanly, and settles the file: log and data file are cut
+to what was kept and a new frame says so. A crash in here leaves the same file to be settled again: the cut log is a
+prefix that was chosen before, and choosing is a function of what lies on disk.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cryptfs.blocks.codec import Slots
@@ -38,9 +39,7 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int) -
     verdicts: dict[bytes, bool] = {}
     for keep in range(most, max(least, 1) - 1, -1):
         blocks, size = build_map(replayed, keep, block_size)
-        suspects = [
-            e for e in blocks if e.home != POISON and e.generation > durable and ctx.forgives(e.generation)
-        ]
+        suspects = [e for e in blocks if e.home != POISON and e.generation > durable and ctx.forgives(e.generation)]
         if all([await _authentic(journal, e, verdicts) for e in suspects]):
             break
     else:
@@ -115,10 +114,8 @@ async def restart_newborn(journal: Journal, data_size: int) -> None:
     volume_key = await ctx.volume_key()
     header = ctx.sign_header(volume_key, DataHeader(state.file_id, ctx.next_generation()))
     # A sidecar without one good frame may lie there; it goes first, so that the new one can be created.
-    try:
+    with suppress(FileNotFoundError):
         ctx.store.unlink(ctx.sidecar_dir(state.file_id), sidecar_name(state.file_id))
-    except FileNotFoundError:
-        pass
     before = ctx.store.fstat(state.data_fd)
     ctx.store.ftruncate(state.data_fd, 0)
     ctx.store.pwrite(state.data_fd, header, 0)

@@ -2,7 +2,8 @@
 
 A crash between any two calls leaves:
 
-- in `create`: no file, or a file whose header or first frame is torn: a log that never was (its owner's frame names it only later, or
+- in `create`: no file, or a file whose header or first frame is torn: a log that never was (its owner's frame names
+it only later, or
   its epoch ended uncleanly);
 - in `append`: the log as it was, and perhaps a torn frame after its end, which replay does not count;
 - in `rewrite`: the old log and a stray `.new`, or the new log, complete, because it is synced before the rename.
@@ -11,6 +12,7 @@ A crash between any two calls leaves:
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cryptfs.crypto.mac import mac, same, sha256
@@ -60,7 +62,8 @@ def header_of(raw: bytes) -> LogHeader:
 def parse(raw: bytes) -> Replay:
     """Walk the frames of a whole log without a key: nothing in the result is authentic before `authenticate`.
 
-    Raises `Damaged` for the header only. Stops at the first head that is torn, not linked to the one before, or not newer.
+    Raises `Damaged` for the header only. Stops at the first head that is torn, not linked to the one before, or not
+    newer.
     """
     out = Replay(header_of(raw))
     view = memoryview(raw)
@@ -124,7 +127,9 @@ class SealedLog:
         """Size of the log when it was last one snapshot: growth past it decides about compaction."""
 
     @classmethod
-    def create(cls, store: Store, dir_fd: int, name: bytes, header: LogHeader, mac_key: Buffer, frame: Frame) -> SealedLog:
+    def create(
+        cls, store: Store, dir_fd: int, name: bytes, header: LogHeader, mac_key: Buffer, frame: Frame
+    ) -> SealedLog:
         """A new log with its first frame, in one write. Raises OSError; then no such file is left."""
         fd = store.open(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         encoded = header.encode()
@@ -162,12 +167,13 @@ class SealedLog:
     def rewrite(
         self, store: Store, dir_fd: int, name: bytes, mac_key: Buffer, header: LogHeader, frame: Frame
     ) -> SealedLog:
-        """A new log of one snapshot beside this one, synced, renamed over it. Blocks; returns it, this one is closed."""
+        """A new log of one snapshot beside this one, synced, renamed over it.
+
+        Blocks; returns it, this one is closed.
+        """
         fresh = name + b".new"
-        try:
+        with suppress(FileNotFoundError):
             store.unlink(dir_fd, fresh)
-        except FileNotFoundError:
-            pass
         new = SealedLog.create(store, dir_fd, fresh, header, mac_key, frame)
         try:
             store.fdatasync(new.fd)

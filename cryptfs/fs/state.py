@@ -11,8 +11,10 @@ from cryptfs.fs.locks import SharedLock
 class FileState:
     """Descriptors, size and block map of a file.
 
-    `blocks`: what is current. `displaced`: the durable versions that current, not yet durable ones stand in for; their homes must not be written.
-    `data_len`: plaintext length the data file has room for (its size less the header), at least `size` once a write is complete.
+    `blocks`: what is current. `displaced`: the durable versions that current, not yet durable ones stand in for;
+    their homes must not be written.
+    `data_len`: plaintext length the data file has room for (its size less the header), at least `size` once a write
+    is complete.
     `acked`: something of this file may have been acknowledged as durable.
     """
 
@@ -34,7 +36,8 @@ class FileState:
         self.size = 0
         self.data_len = 0
         self.acked = True
-        # What an earlier opening of this file wrote and did not sync is not known here, so the first fsync is a real one.
+        # What an earlier opening of this file wrote and did not sync is not known here, so the first fsync is a real
+        # one.
         self.data_unsynced = True
         self.twin_unsynced = True
         self.twin_new = False

@@ -1,7 +1,7 @@
 """Symlinks: the target sealed in a sidecar, the id in the text of the symlink in `tree/` (FORMAT.md §8).
 
-Written before the entry exists: a crash leaves an orphan sidecar, never a symlink without one (once its directory is synced, which syncs
-the sidecar too).
+Written before the entry exists: a crash leaves an orphan sidecar, never a symlink without one (once its directory is
+synced, which syncs the sidecar too).
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ async def write_target(ctx: FsContext, kit: Kit, target: bytes) -> None:
     made = await ctx.keys.generate(kit.log_id, Purpose.ATTR, 1)
     log_key = ctx.keys.peek(kit.log_wrapped)
     if log_key is None:
-        log_key = (await ctx.keys.unwrap([KeyRun(kit.log_id, Purpose.LOG_FILE, kit.kek_version, (kit.log_wrapped,))]))[0][0]
+        log_key = (await ctx.keys.unwrap([KeyRun(kit.log_id, Purpose.LOG_FILE, kit.kek_version, (kit.log_wrapped,))]))[
+            0
+        ][0]
     if made.wiped:
         raise Damaged("wrap", "keys expired while a symlink was made")
     generation = ctx.next_generation()
@@ -69,7 +71,9 @@ async def read_target(ctx: FsContext, log_id: bytes) -> bytes:
     header = parsed.header
     if header.kind != KIND_FILE or header.log_id != log_id:
         raise Damaged("id-mismatch", "the sidecar is another one's")
-    log_key = (await ctx.keys.unwrap([KeyRun(log_id, Purpose.LOG_FILE, header.kek_version, (header.log_wrapped,))]))[0][0]
+    log_key = (await ctx.keys.unwrap([KeyRun(log_id, Purpose.LOG_FILE, header.kek_version, (header.log_wrapped,))]))[0][
+        0
+    ]
     replayed = authenticate(parsed, log_key)
     if not replayed.heads or (replayed.tail and not ctx.crashed_since(replayed.heads[-1].generation)):
         raise Damaged("frame", "the sidecar is damaged")
@@ -82,5 +86,3 @@ async def read_target(ctx: FsContext, log_id: bytes) -> bytes:
         raise Damaged("symlink", "no target")
     key = (await ctx.keys.unwrap([KeyRun(log_id, Purpose.ATTR, target.kek_version, (target.wrapped,))]))[0][0]
     return open_attr(key, ATTR_TARGET, ctx.config.volume_id, log_id, target.generation, target.sealed)
-
-

@@ -56,7 +56,10 @@ class Volume:
         return self.ctx.store.fstatvfs(self.ctx.store.root())
 
     async def close(self) -> bool:
-        """Make everything durable and leave the volume; True if it was left clean. Only for a volume nobody uses any more."""
+        """Make everything durable and leave the volume; True if it was left clean.
+
+        Only for a volume nobody uses any more.
+        """
         ctx = self.ctx
         clean = True
         if not ctx.read_only:

@@ -1,1 +1,4 @@
-"""The kernel's requests <-> `fs`: types and errors are translated here, and nothing else happens. The only user of pyfuse3."""
+"""The kernel's requests <-> `fs`: types and errors are translated here, and nothing else happens.
+
+The only user of pyfuse3.
+"""

@@ -47,12 +47,12 @@ def answered(handler: F) -> F:
     name = handler.__name__
 
     @functools.wraps(handler)
-    async def wrapper(self: object, *args: Any) -> Any:
+    async def wrapper(self: object, *args: Any) -> Any:  # noqa: ANN401 - whatever the handler takes and gives
         try:
             return await handler(self, *args)
         except pyfuse3.FUSEError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see to_errno
             code = to_errno(error, name, args[0] if args else "")
         # Raised here, outside the except clause: the cause may hold a frame with a key in it.
         raise pyfuse3.FUSEError(code)

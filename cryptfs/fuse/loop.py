@@ -1,9 +1,10 @@
 """A quicker request loop for pyfuse3 under trio.
 
-pyfuse3 waits for each request with `trio.lowlevel.wait_readable` under a `trio.Lock`: an epoll registration and two trips through
-the scheduler for a request that is usually there already. It looks `trio` up in its own namespace, which is how its asyncio
-support replaces it; here it gets a `trio` whose `wait_readable` polls first and whose lock is free to take when it is free.
-Other tasks still get their turn: after a number of requests in a row the loop passes a checkpoint.
+pyfuse3 waits for each request with `trio.lowlevel.wait_readable` under a `trio.Lock`: an epoll registration and two
+trips through the scheduler for a request that is usually there already. It looks `trio` up in its own namespace,
+which is how its asyncio support replaces it; here it gets a `trio` whose `wait_readable` polls first and whose lock
+is free to take when it is free. Other tasks still get their turn: after a number of requests in a row the loop passes
+a checkpoint.
 """
 
 from __future__ import annotations

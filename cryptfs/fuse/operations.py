@@ -1,4 +1,7 @@
-"""pyfuse3's `Operations` over a `Volume`: one short method per request, in the kernel's words on one side, `fs`'s on the other."""
+"""pyfuse3's `Operations` over a `Volume`.
+
+One short method per request, in the kernel's words on one side, `fs`'s on the other.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +153,8 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def rename(
-        self, parent_inode_old: InodeT, name_old: FileNameT, parent_inode_new: InodeT, name_new: FileNameT, flags: FlagT,
+        self, parent_inode_old: InodeT, name_old: FileNameT, parent_inode_new: InodeT, name_new: FileNameT, flags:
+        FlagT,
         ctx: RequestContext,
     ) -> None:  # fmt: skip
         old, new = self._inodes.get(parent_inode_old), self._inodes.get(parent_inode_new)
@@ -191,7 +195,7 @@ class Operations(pyfuse3.Operations):
         return await file.write(off, buf)
 
     @answered
-    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         file = self._inodes.get(fh).file
         assert file is not None
         await file.journal.fsync(data_only=datasync)
@@ -251,7 +255,7 @@ class Operations(pyfuse3.Operations):
         del self._listings[fh]
 
     @answered
-    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         await self._files.sync_dirs(self._listings[fh].inode)
 
 
@@ -294,4 +298,3 @@ def _listed(attr: Attr | None) -> EntryAttributes:
 
 def _file_info(ino: int) -> FileInfo:
     return FileInfo(fh=pyfuse3.FileHandleT(ino), keep_cache=True)
-

@@ -25,7 +25,9 @@ _STOP_S = 30.0
 class FuseSession:
     """`mount`, then `run` until it is unmounted from outside or by `stop`."""
 
-    def __init__(self, volume: Volume, *, source: Path, mountpoint: Path, options: frozenset[str], read_only: bool) -> None:
+    def __init__(
+        self, volume: Volume, *, source: Path, mountpoint: Path, options: frozenset[str], read_only: bool
+    ) -> None:
         self._volume = volume
         self._mountpoint = str(mountpoint)
         # A comma in fsname would start another option (libfuse's escaping is a backslash).
@@ -63,7 +65,10 @@ class FuseSession:
             pyfuse3.close(unmount=True)
 
     async def stop(self) -> None:
-        """Unmount: what programs wrote is fetched from the kernel first; one still in use is detached and ends when it can."""
+        """Unmount: what programs wrote is fetched from the kernel first.
+
+        One still in use is detached and ends when it can.
+        """
         with trio.move_on_after(_STOP_S):
             await trio.to_thread.run_sync(_sync_mount, self._mountpoint, abandon_on_cancel=True)
         busy = await trio.to_thread.run_sync(_unmount, self._mountpoint)

@@ -2,9 +2,8 @@
 
 One connection carries any number of requests at a time. A request writes to the socket itself; a short one that is
 alone then waits for its answer right there for a moment (`AgentClient.linger`), any other sleeps until the receiver
-task wakes it. If the
-connection is lost, answers rubbish or stops answering, every waiting request raises `AgentUnavailable` at once and so
-does every later one: to reconnect, make a new client.
+task wakes it. If the connection is lost, answers rubbish or stops answering, every waiting request raises
+`AgentUnavailable` at once and so does every later one: to reconnect, make a new client.
 """
 
 from __future__ import annotations

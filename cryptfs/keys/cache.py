@@ -3,8 +3,8 @@
 Keys are found by their wrapped form. It is unique to one key of one log, so a block that is written anew can never be
 given its predecessor's key, and nothing ever has to be invalidated.
 
-Keys arrive in batches and leave in batches: a batch is one buffer with one deadline. All of this runs on the loop without an await
-between checking a key and handing it out, which is why a view is good until its holder's next await.
+Keys arrive in batches and leave in batches: a batch is one buffer with one deadline. All of this runs on the loop
+without an await between checking a key and handing it out, which is why a view is good until its holder's next await.
 """
 
 from __future__ import annotations
@@ -36,9 +36,17 @@ KitBytes = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
 class Upstream(Protocol):
     """The agent, for one volume (`keys.link`)."""
 
-    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]: ...
-    async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]: ...
-    async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]: ...
+    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]:
+        """The keys of each item, joined; None where any of its wraps is not authentic."""
+        ...
+
+    async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
+        """KEK version, new keys joined, their wraps joined."""
+        ...
+
+    async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
+        """KEK version and at most `count` kits."""
+        ...
 
 
 @dataclass(slots=True)
@@ -70,7 +78,10 @@ class _Slot:
 
 
 class KeyCache:
-    """`ports.DekProvider` over an `Upstream`. Run `serve` in the background: it sweeps and refills the stock of kits."""
+    """`ports.DekProvider` over an `Upstream`.
+
+    Run `serve` in the background: it sweeps and refills the stock of kits.
+    """
 
     def __init__(self, upstream: Upstream, policy: CachePolicy, clock: Clock) -> None:
         self.policy = policy
@@ -111,8 +122,9 @@ class KeyCache:
 
     async def unwrap(self, runs: Sequence[KeyRun]) -> list[list[memoryview]]:
         """See `DekProvider.unwrap`."""
+        used_up = False
         while True:
-            missing = [(run, [w for w in run.wrapped if w not in self._slots]) for run in runs]
+            missing = [(run, [w for w in run.wrapped if used_up or w not in self._slots]) for run in runs]
             flying = next((self._in_flight[w] for _, ws in missing for w in ws if w in self._in_flight), None)
             if flying is not None:
                 await flying.wait()
@@ -127,7 +139,10 @@ class KeyCache:
                 out.append([v for v in views if v is not None])
             if all(len(o) == len(r.wrapped) for o, r in zip(out, runs, strict=True)):
                 return out
-            # A key expired between the look and the answer: ask for it too.
+            # A key expired between the look and the answer: ask for it too. Where uses are counted, looking again
+            # would use the
+            # others up: ask for all of them.
+            used_up = self.policy.max_uses is not None
 
     async def warm(self, runs: Sequence[KeyRun]) -> None:
         """See `DekProvider.warm`."""
@@ -138,9 +153,7 @@ class KeyCache:
         with suppress(CryptfsError):
             await self._fetch([(run, wraps) for run, wraps in wanted if wraps][:_WARM_RUNS_MAX], strict=False)
 
-    async def _fetch(
-        self, wanted: list[tuple[KeyRun, list[bytes]]], *, strict: bool = True
-    ) -> dict[bytes, memoryview]:
+    async def _fetch(self, wanted: list[tuple[KeyRun, list[bytes]]], *, strict: bool = True) -> dict[bytes, memoryview]:
         """One round trip for all of `wanted`; the keys, by wrapped form. Raises `Damaged("wrap")` if strict."""
         if not wanted:
             return {}
@@ -174,7 +187,11 @@ class KeyCache:
             clear.append(answer)
             flat += wraps
             widths += [width] * len(wraps)
-        return self._store(b"".join(clear), flat, widths)[0]
+        views = self._store(b"".join(clear), flat, widths)[0]
+        if self.policy.max_uses is not None and self.policy.caching:
+            for wrapped in flat:
+                self._slots[wrapped].uses = 1
+        return views
 
     async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
         """See `DekProvider.generate`."""
@@ -207,9 +224,11 @@ class KeyCache:
             kit = self.take_kit()
             if kit is not None:
                 return kit
-            # Whoever creates this fast will create more.
-            self._kits_wanted = min(_KITS_MAX, self._kits_wanted * 2)
-            await self._fill_kits()
+            async with self._refilling:
+                if not self._kits:
+                    # Whoever creates this fast will create more.
+                    self._kits_wanted = min(_KITS_MAX, self._kits_wanted * 2)
+                    self._kits.extend(await self._new_kits(self._kits_wanted, directory=False))
 
     async def _fill_kits(self) -> None:
         async with self._refilling:
@@ -242,7 +261,9 @@ class KeyCache:
             if fresh is not None:
                 batch.stocks.append(fresh)
             names_key_view = views[names_wrapped] if directory else None
-            kit = Kit(log_id, kek_version, views[log_wrapped], log_wrapped, names_key_view, names_wrapped or None, fresh)
+            kit = Kit(
+                log_id, kek_version, views[log_wrapped], log_wrapped, names_key_view, names_wrapped or None, fresh
+            )
             out.append((kit, batch))
         return out
 
@@ -297,7 +318,10 @@ class KeyCache:
         self._kits.clear()
 
     async def serve(self) -> None:
-        """Sweep once a second and refill kits on demand, for ever. The agent being away is the next caller's problem, not this task's."""
+        """Sweep once a second and refill kits on demand, for ever.
+
+        The agent being away is the next caller's problem, not this task's.
+        """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sweep_forever)
             while True:

@@ -106,4 +106,6 @@ class AgentLink:
     async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
         """See `Upstream`; at most 256 at once."""
         client = await self._connected()
-        return await client.kits(self._mounted.volume_id, directory=directory, count=min(count, _KITS_AT_ONCE), deks=deks)
+        return await client.kits(
+            self._mounted.volume_id, directory=directory, count=min(count, _KITS_AT_ONCE), deks=deks
+        )

@@ -19,10 +19,17 @@ from cryptfs.ports import Clock, DekProvider, Random, Store
 
 
 def config_of(volume_file: bytes) -> VolumeConfig:
-    """What the filesystem needs of a `volume` file, which the agent authenticates. Raises `VolumeDamaged`, `UnsupportedFormat`."""
+    """What the filesystem needs of a `volume` file, which the agent authenticates.
+
+    Raises `VolumeDamaged`, `UnsupportedFormat`.
+    """
     volume = parse_volume(volume_file)
     return VolumeConfig(
-        volume.volume_id, volume.block_size, volume.root_dir_id, volume.volume_key.kek_version, volume.volume_key.wrapped
+        volume.volume_id,
+        volume.block_size,
+        volume.root_dir_id,
+        volume.volume_key.kek_version,
+        volume.volume_key.wrapped,
     )
 
 
@@ -49,7 +56,7 @@ async def create_volume(
         volume_key = bytes(await ctx.volume_key())
         for state in (State(sequence=0, epoch=0, clean=True), ctx.state):
             write_state(store, config.volume_id, volume_key, state)
-        assert 2 * SLOT_BYTES == store.lstat(root, STATE).st_size
+        assert store.lstat(root, STATE).st_size == 2 * SLOT_BYTES
         fd = store.open(root, b"volume.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             write_all(store, fd, volume_file, 0)

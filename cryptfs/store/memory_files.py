@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Concatenate, ParamSpec, TypeVar
 
-from cryptfs.ports import Buffer
 from cryptfs.store.disk_model import (
     ROOT_INO,
     SECTOR_BYTES,
@@ -23,6 +22,7 @@ from cryptfs.store.disk_model import (
     Order,
     SectorWritten,
 )
+from cryptfs.types import Buffer
 
 NAME_MAX_BYTES = 255
 TOTAL_BLOCKS = 1 << 20
