@@ -140,8 +140,7 @@ class KeyCache:
             if all(len(o) == len(r.wrapped) for o, r in zip(out, runs, strict=True)):
                 return out
             # A key expired between the look and the answer: ask for it too. Where uses are counted, looking again
-            # would use the
-            # others up: ask for all of them.
+            # would use the others up: ask for all of them.
             used_up = self.policy.max_uses is not None
 
     async def warm(self, runs: Sequence[KeyRun]) -> None:
