@@ -187,7 +187,7 @@ class KeyCache:
             flat += wraps
             widths += [width] * len(wraps)
         views = self._store(b"".join(clear), flat, widths)[0]
-        if self.policy.max_uses is not None and self.policy.caching:
+        if strict and self.policy.max_uses is not None and self.policy.caching:
             for wrapped in flat:
                 self._slots[wrapped].uses = 1
         return views
