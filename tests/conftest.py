@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.leaks import Watch
 
+DIRECTORY_FIXTURES = frozenset({"short_root", "tmp_path", "tmp_path_factory", "tmpdir"})
+
 settings.register_profile(
     "default",
     deadline=None,
@@ -49,9 +51,13 @@ def short_root() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks(short_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves something behind (see the module's docstring)."""
-    watch = Watch.start([short_root, tmp_path_factory.getbasetemp()])
+    # Without a directory of its own a test cannot have left a mount or an orphan that names one: spare it the search.
+    owned = []
+    if DIRECTORY_FIXTURES.intersection(request.fixturenames):
+        owned = [request.getfixturevalue("short_root"), request.getfixturevalue("tmp_path_factory").getbasetemp()]
+    watch = Watch.start(owned)
     yield
     left = watch.finish()
     if left:

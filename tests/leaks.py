@@ -99,8 +99,8 @@ def children() -> frozenset[int]:
 
 def processes_naming(roots: tuple[bytes, ...]) -> frozenset[int]:
     """Live processes but this one with a path below `roots` in their arguments or environment."""
-    found = set()
-    for name in os.listdir("/proc"):
+    found: set[int] = set()
+    for name in os.listdir("/proc") if roots else ():
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError):
                 text = Path(f"/proc/{name}/cmdline").read_bytes()
