@@ -93,9 +93,6 @@ class FakeDekProvider:
         return out
 
     async def warm(self, runs: Sequence[KeyRun]) -> None:
-        """Nothing to do: every key is a function call away."""
-
-    async def warm(self, runs: Sequence[KeyRun]) -> None:
         with suppress(CryptfsError):
             await self._round_trip()
             for run in runs:
