@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import fcntl
 import getpass
 import hashlib
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESSIV
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -617,16 +618,16 @@ class Volume:
         if self.listing:
             print(stat.filemode(info.st_mode), os.fsdecode(path + note))
         if found.directory:
-            below_fd = -1
-            if not self.listing:
-                os.mkdir(name, 0o700, dir_fd=dest_fd)
-                below_fd = os.open(name, os.O_RDONLY, dir_fd=dest_fd)
-            from_fd = os.open(hidden, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=tree_fd)
             xattrs = found.directory.xattrs
-            self.walk(from_fd, found.directory, entry_id, below_fd, path)
-            os.close(from_fd)
-        elif info.st_nlink > 1:
-            self.written[inode] = (os.dup(dest_fd) if dest_fd >= 0 else -1, name)
+            with contextlib.ExitStack() as stack:
+                below_fd = -1
+                if not self.listing:
+                    os.mkdir(name, 0o700, dir_fd=dest_fd)
+                    below_fd = stack.enter_context(opened(name, dest_fd))
+                from_fd = stack.enter_context(opened(hidden, tree_fd))
+                self.walk(from_fd, found.directory, entry_id, below_fd, path)
+        elif info.st_nlink > 1 and not self.listing:
+            self.written[inode] = (os.dup(dest_fd), name)
         if not self.listing:
             set_attributes(dest_fd, name, info, attribute(b"x", xattrs, entry_id, self.keys))
 
@@ -634,31 +635,39 @@ class Volume:
         self, tree_fd: int, hidden: bytes, found: Found, dest_fd: int, name: bytes, path: bytes
     ) -> tuple[Any, bytes]:
         """A regular file with its holes; returns its sealed xattrs and its size as text."""
-        data = os.open(hidden, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=tree_fd)
         state, file_id = State(), found.entry.id if found.entry else NO_ID
-        twin = self.sidecar(file_id).with_suffix(".twin")
+        twin, block_size = self.sidecar(file_id).with_suffix(".twin"), self.keys.block_size
+        with opened(hidden, tree_fd) as data:
 
-        def read(record: Record) -> bytes:
-            return decrypt(record, file_id, data, twin, self.keys)
+            def read(record: Record) -> bytes:
+                return decrypt(record, file_id, data, twin, self.keys)
 
-        if found.log:
-            state = settle(found.log, self.keys.block_size, self.unclean, read)
-            crashed = self.unclean.since(found.log.last)
-            check(found.info.st_size == 64 + state.size or crashed, "size of the data file")
-        else:
-            check(found.entry is None or self.unclean.has(found.born), "missing sidecar")
-        if not self.listing:
-            out = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=dest_fd)
-            os.ftruncate(out, state.size)
-            for block, record in sorted(state.records.items()):
-                try:
-                    plain = read(need(record, f"block {block}: its frame is damaged"))
-                    os.pwrite(out, plain, block * self.keys.block_size)
-                except Damaged as error:
-                    self.report(path, error)
-            os.close(out)
-        os.close(data)
+            if found.log:
+                state = settle(found.log, block_size, self.unclean, read)
+                crashed = self.unclean.since(found.log.last)
+                check(found.info.st_size == 64 + state.size or crashed, "size of the data file")
+            else:
+                check(found.entry is None or self.unclean.has(found.born), "missing sidecar")
+            if not self.listing:
+                with opened(name, dest_fd, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as out:
+                    os.ftruncate(out, state.size)
+                    for block, record in sorted(state.records.items()):
+                        try:
+                            plain = read(need(record, f"block {block}: its frame is damaged"))
+                            os.pwrite(out, plain, block * block_size)
+                        except Damaged as error:
+                            self.report(path, error)
         return state.xattrs, b" (%d bytes)" % state.size
+
+
+@contextlib.contextmanager
+def opened(name: bytes, dir_fd: int, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A descriptor, closed at the end; no symlink is followed."""
+    fd = os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def read_at(dir_fd: int, name: bytes, count: int = -1) -> bytes:
@@ -688,38 +697,48 @@ def read_passphrase(passfile: Path | None) -> bytes:
     return passfile.read_bytes().removesuffix(b"\n") if passfile else getpass.getpass().encode()
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
     parser = argparse.ArgumentParser(description="Decrypt a cryptfs volume (format 0) without cryptfs.")
     parser.add_argument("cipher_dir", type=Path)
     parser.add_argument("dest", type=Path, nargs="?")
     parser.add_argument("--list", action="store_true", help="print the tree instead of writing it")
     parser.add_argument("--passfile", type=Path, help="file that holds the passphrase; asked for if missing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.list == (args.dest is not None):
         parser.error("give either DEST or --list")
-    cipher_fd = os.open(args.cipher_dir, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.ExitStack() as stack:
+        return decrypt_volume(args.cipher_dir, args.dest, read_passphrase(args.passfile), stack)
+
+
+def decrypt_volume(cipher_dir: Path, dest: Path | None, passphrase: bytes, stack: contextlib.ExitStack) -> int:
+    """The whole work; returns the exit status. `stack` closes the descriptors."""
+
+    def open_dir(path: Path) -> int:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, fd)
+        return fd
+
     try:
-        fcntl.flock(cipher_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(open_dir(cipher_dir), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        keys, root_id = read_volume((cipher_dir / "volume").read_bytes(), passphrase)
+        unclean = read_state((cipher_dir / "state").read_bytes(), keys)
+        tree_fd = open_dir(cipher_dir / "tree")
+        root = need(read_directory(read_at(tree_fd, b".dir"), root_id, keys, unclean), "root directory's log")
     except BlockingIOError:
         sys.exit("error: the volume is in use")
-    try:
-        passphrase = read_passphrase(args.passfile)
-        keys, root_id = read_volume((args.cipher_dir / "volume").read_bytes(), passphrase)
-        unclean = read_state((args.cipher_dir / "state").read_bytes(), keys)
-        tree_fd = os.open(args.cipher_dir / "tree", os.O_RDONLY | os.O_DIRECTORY)
-        root = need(read_directory(read_at(tree_fd, b".dir"), root_id, keys, unclean), "root directory's log")
     except (Damaged, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    volume = Volume(args.cipher_dir, keys, unclean, listing=args.list)
+    volume = Volume(cipher_dir, keys, unclean, listing=dest is None)
     dest_fd = -1
-    if args.dest:
-        args.dest.mkdir()
-        dest_fd = os.open(args.dest, os.O_RDONLY | os.O_DIRECTORY)
+    if dest:
+        dest.mkdir()
+        dest_fd = open_dir(dest)
     volume.walk(tree_fd, root, root_id, dest_fd, b"")
-    if args.dest:
-        xattrs = attribute(b"x", root.xattrs, root_id, keys)
-        set_attributes(dest_fd, b".", os.fstat(tree_fd), xattrs)
+    for fd, _ in volume.written.values():
+        stack.callback(os.close, fd)
+    if dest:
+        set_attributes(dest_fd, b".", os.fstat(tree_fd), attribute(b"x", root.xattrs, root_id, keys))
     return 1 if volume.problems else 0
 
 
