@@ -172,8 +172,15 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
-        await self._files.open(self._inodes.get(inode), writing=writing)
+        known, cut = self._inodes.get(inode), bool(flags & os.O_TRUNC)
+        file = await self._files.open(known, writing=cut or flags & os.O_ACCMODE != os.O_RDONLY)
+        if cut:
+            # The kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for): no setattr follows.
+            try:
+                await file.truncate(0)
+            except BaseException:
+                await self._files.release(known)
+                raise
         return _file_info(inode)
 
     @answered
