@@ -142,3 +142,16 @@ def files_of(vault: Path) -> set[str]:
         str(path.relative_to(vault)) for path in (vault / "tmp").iterdir()
     }
 
+
+
+def test_a_file_opened_with_o_trunc_is_empty_for_good(mounted: Box) -> None:
+    paths = [mounted.clear / name for name in ("emptied", "shorter", "read-only")]
+    for path in paths:
+        path.write_bytes(b"long enough" * 5000)
+    mounted.remount()
+    os.close(os.open(paths[0], os.O_WRONLY | os.O_TRUNC))
+    paths[1].write_bytes(b"short")
+    os.close(os.open(paths[2], os.O_RDONLY | os.O_TRUNC))
+    assert [path.read_bytes() for path in paths] == [b"", b"short", b""]
+    mounted.remount()
+    assert [path.read_bytes() for path in paths] == [b"", b"short", b""]
