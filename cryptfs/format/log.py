@@ -19,7 +19,7 @@ KIND_FILE, KIND_DIR, KIND_AUDIT = 1, 2, 3
 DELTA, SNAPSHOT, INDEX = 1, 2, 3
 
 _HEADER_MAGIC = b"CFSLOG0\0"
-_HEAD_MAGIC = b"CFF0"
+HEAD_MAGIC = b"CFF0"
 _FOOT_MAGIC = b"CFE0"
 _HEADER = struct.Struct(">8sB3xI16s40s72s16x")
 _SIGNED = struct.Struct(">4sB3xQQQQQI4x32s32s")
@@ -77,7 +77,7 @@ class Head:
     def signed(self) -> bytes:
         """The 120 bytes under the MAC."""
         return _SIGNED.pack(
-            _HEAD_MAGIC, self.kind, self.generation, self.durable_up_to, self.size, self.first, self.end,
+            HEAD_MAGIC, self.kind, self.generation, self.durable_up_to, self.size, self.first, self.end,
             self.payload_len, self.payload_sha256, self.prev_mac,
         )  # fmt: skip
 
@@ -92,7 +92,7 @@ def decode_head(data: bytes) -> Head:
     if len(data) != HEAD_BYTES:
         raise Damaged("frame-head", f"{len(data)} bytes")
     magic, kind, generation, durable, size, first, end, length, digest, prev = _SIGNED.unpack_from(data)
-    if magic != _HEAD_MAGIC or kind not in (DELTA, SNAPSHOT, INDEX) or length > PAYLOAD_MAX_BYTES or first > end:
+    if magic != HEAD_MAGIC or kind not in (DELTA, SNAPSHOT, INDEX) or length > PAYLOAD_MAX_BYTES or first > end:
         raise Damaged("frame-head", "magic, kind or length")
     head = Head(kind, generation, durable, size, first, end, length, digest, prev, data[SIGNED_BYTES:])
     if head.signed() != data[:SIGNED_BYTES]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from cryptfs.crypto.siv import NameCipher
 from cryptfs.errors import Damaged
 from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
-from cryptfs.format.log import DELTA, KIND_DIR, LogHeader
+from cryptfs.format.log import DELTA, KIND_DIR, Head, LogHeader
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.locks import SharedLock
-from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
+from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log, vouched_in_tail
 from cryptfs.names import DIR_LOG
 from cryptfs.ports import KeyRun, Kit
 from cryptfs.types import Purpose, epoch_of
@@ -58,6 +58,8 @@ class DirNode:
         self._log: SealedLog | None = None
         self.unsure: set[bytes] = set()
         """Sealed names recorded in an epoch that ended uncleanly: what they name may never have reached the disk."""
+        self.bindings: dict[bytes, list[Entry]] = {}
+        """After a crash only: what each sealed name was bound to since the log was last known to be durable."""
         self._pending: list[DirPayload] = []
         """Changes the tree has and the log could not take (disk full): appended before anything else is."""
 
@@ -235,13 +237,13 @@ class DirNode:
                 raise Damaged("id-mismatch", "the directory is another one")
             node = cls(ctx, ino, fd, header)
             (log_key,), _ = await ctx.keys.unwrap(key_runs(header))
-            node._adopt(log_fd, authenticate(parsed, log_key))
+            node._adopt(log_fd, authenticate(parsed, log_key), log_key)
         except BaseException:
             store.close(log_fd)
             raise
         return node
 
-    def _adopt(self, log_fd: int, replayed: Replay) -> None:
+    def _adopt(self, log_fd: int, replayed: Replay, log_key: memoryview) -> None:
         ctx = self.ctx
         heads = replayed.heads
         last = heads[-1].generation if heads else 0
@@ -254,18 +256,39 @@ class DirNode:
             keep = next((i for i, payload in enumerate(replayed.payloads) if payload is None), keep)
         if not keep or (keep < len(heads) and heads[keep].generation <= replayed.durable_up_to):
             raise Damaged("dir-log", "a frame is damaged")
+        if replayed.tail and vouched_in_tail(replayed, log_key) > heads[keep - 1].generation:
+            raise Damaged("dir-log", "an acknowledged frame is damaged")
+        crashed = ctx.crashed_since(last) and epoch_of(last) < ctx.state.epoch
         for head, payload in zip(heads[:keep], replayed.payloads[:keep], strict=True):
             assert payload is not None
             decoded = decode_dir(payload)
+            if crashed:
+                self._bind(head, decoded, replayed.durable_up_to)
             self._hold(decoded)
-            if head.kind == DELTA and ctx.forgives(head.generation):
-                self.unsure.update(entry.sealed for entry in decoded.entries)
+        if crashed and not self.bindings:
+            self.bindings = {sealed: [entry] for sealed, entry in self.entries.items()}
         self._log = SealedLog.resume(log_fd, replayed, keep)
         if torn and not ctx.read_only:
             ctx.store.ftruncate(log_fd, self._log.end)
         self.last_gen = heads[keep - 1].generation
         old = [h.generation for h in heads[:keep] if epoch_of(h.generation) < ctx.state.epoch]
         self.durable_gen = max([h.durable_up_to for h in heads[:keep]] + old)
+
+    def _bind(self, head: Head, decoded: DirPayload, durable: int) -> None:
+        """Remember every id a name had since the log was last known to be durable.
+
+        The tree may still have any of them.
+        """
+        if head.generation <= durable or not self.ctx.forgives(head.generation):
+            # Everything up to here is durable: earlier bindings are history.
+            self.bindings = {}
+            return
+        if not self.bindings:
+            self.bindings = {sealed: [entry] for sealed, entry in self.entries.items()}
+        for entry in decoded.entries:
+            self.bindings.setdefault(entry.sealed, []).append(entry)
+            if head.kind == DELTA:
+                self.unsure.add(entry.sealed)
 
     @property
     def needs_reconciling(self) -> bool:

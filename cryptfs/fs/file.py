@@ -268,7 +268,7 @@ class FileNode:
     def _write_home(self, home: int, ciphers: list[memoryview], offset: int) -> None:
         state, store = self.state, self.ctx.store
         if home == HOME_DATA:
-            state.data_unsynced = True
+            state.data_unsynced = state.mtime_stale = True
         else:
             state.twin_unsynced = True
         fd = state.home_fd(home)
@@ -307,7 +307,7 @@ class FileNode:
         if state.data_len < state.size:
             self.ctx.store.ftruncate(state.data_fd, HEADER_BYTES + state.size)
             state.data_len = state.size
-            state.data_unsynced = True
+            state.data_unsynced = state.mtime_stale = True
 
     # cutting ---------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ class Attr:
     inode: Inode
     st: os.stat_result
     size: int
+    mtime_ns: int | None = None
+    """None: the one in `st`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,45 +111,58 @@ class Files:
     def _attr_open(self, inode: Inode, file: FileNode) -> Attr:
         st = self.ctx.store.fstat(file.state.data_fd)
         size = file.size if file.journal.loaded else max(0, st.st_size - HEADER_BYTES)
-        return Attr(inode, st, size)
+        return Attr(inode, st, size, file.state.mtime_ns)
 
     async def setattr(self, inode: Inode, want: Changes) -> Attr:
         """Change attributes, size first. Raises OSError and what `FileNode.truncate` raises."""
-        store = self.ctx.store
         if inode.last_st is not None and inode.file is None and inode.kind != Kind.DIR:
             # Its last name and its last opening are gone; the kernel still writes back what it kept of its times.
             return await self.attr(inode)
         if want.size is not None:
             await self._set_size(inode, want.size)
         if inode.file is not None:
-            fd = inode.file.state.data_fd
             inode.file.state.meta_unsynced = True
-            where, name = fd, b""
+            where, name = inode.file.state.data_fd, b""
         elif inode.kind == Kind.DIR:
             where, name = (await self.inodes.dir(inode)).fd, b""
         else:
             parent, name = inode.place()
             where = (await self.inodes.dir(parent)).fd
         if want.uid is not None or want.gid is not None:
-            uid, gid = -1 if want.uid is None else want.uid, -1 if want.gid is None else want.gid
-            if name:
-                store.chown(where, name, uid, gid)
-            else:
-                store.fchown(where, uid, gid)
+            self._chown(where, name, -1 if want.uid is None else want.uid, -1 if want.gid is None else want.gid)
         if want.mode is not None:
-            if name:
-                store.chmod(where, name, stat.S_IMODE(want.mode))
-            else:
-                store.fchmod(where, stat.S_IMODE(want.mode))
+            self._chmod(where, name, stat.S_IMODE(want.mode))
         if want.atime_ns is not None or want.mtime_ns is not None:
-            now = store.lstat(where, name) if name else store.fstat(where)
-            atime_ns = now.st_atime_ns if want.atime_ns is None else want.atime_ns
-            mtime_ns = now.st_mtime_ns if want.mtime_ns is None else want.mtime_ns
-            if name:
-                store.utimens(where, name, atime_ns, mtime_ns)
-            else:
-                store.futimens(where, atime_ns, mtime_ns)
+            self._set_times(inode, where, name, want)
         return await self.attr(inode)
+
+    # Each of these works on `name` in the directory behind `where`, or on `where` itself if there is no name.
+
+    def _chown(self, where: int, name: bytes, uid: int, gid: int) -> None:
+        if name:
+            self.ctx.store.chown(where, name, uid, gid)
+        else:
+            self.ctx.store.fchown(where, uid, gid)
+
+    def _chmod(self, where: int, name: bytes, mode: int) -> None:
+        if name:
+            self.ctx.store.chmod(where, name, mode)
+        else:
+            self.ctx.store.fchmod(where, mode)
+
+    def _set_times(self, inode: Inode, where: int, name: bytes, want: Changes) -> None:
+        store = self.ctx.store
+        now = store.lstat(where, name) if name else store.fstat(where)
+        known = now.st_mtime_ns if inode.file is None else inode.file.state.mtime_ns
+        atime_ns = now.st_atime_ns if want.atime_ns is None else want.atime_ns
+        mtime_ns = known if want.mtime_ns is None else want.mtime_ns
+        if name:
+            store.utimens(where, name, atime_ns, mtime_ns)
+        else:
+            store.futimens(where, atime_ns, mtime_ns)
+        if inode.file is not None:
+            inode.file.state.mtime_ns = mtime_ns
+            inode.file.state.mtime_stale = False
 
     async def _set_size(self, inode: Inode, size: int) -> None:
         if inode.kind != Kind.FILE:
@@ -241,6 +256,7 @@ class Files:
         if not file.unlinked and journal.loaded:
             await file.state.lock.acquire_exclusive()
             try:
+                file.state.restore_mtime()
                 await journal.commit()
             except (OSError, CryptfsError) as error:
                 # What was written is still in memory and in its homes; the settling task tries again.

@@ -152,6 +152,7 @@ class Journal:
             # Readers may go on. Writers wait: a block may not be overwritten in its home while that is being synced.
             lock.downgrade()
             try:
+                self.state.restore_mtime()
                 await self._sync(data_only=data_only)
                 if self.loaded:
                     self._settled()
@@ -197,11 +198,9 @@ class Journal:
         state, store = self.state, self.ctx.store
         if not state.cut_pending:
             return
-        before = store.fstat(state.data_fd)
         store.ftruncate(state.data_fd, HEADER_BYTES + state.size)
-        store.futimens(state.data_fd, before.st_atime_ns, before.st_mtime_ns)
         state.data_len = state.size
-        state.data_unsynced = True
+        state.data_unsynced = state.mtime_stale = True
 
     def settle_frame(self, key: memoryview) -> None:
         """A frame of this epoch that says what the file is now, so that the next opening need not ask again."""
@@ -255,11 +254,13 @@ class Journal:
         raw_header = store.pread(state.data_fd, HEADER_BYTES, 0)
         data_size = store.fstat(state.data_fd).st_size
         born = 0
-        if raw_header or not ctx.crashed_before:
+        if any(raw_header) or not ctx.crashed_before:
             header = decode_data_header(raw_header)
             if header.file_id != state.file_id:
                 raise Damaged("id-mismatch", "the data file is another file's")
             born = header.born
+        else:
+            raw_header = b""
         where, name = ctx.sidecar_dir(state.file_id), sidecar_name(state.file_id)
         mode = os.O_RDWR if state.writable else os.O_RDONLY
         try:
@@ -277,7 +278,9 @@ class Journal:
             self.log_wrapped, self.kek_version = log_header.log_wrapped, log_header.kek_version
             if ctx.keys.peek(self.log_wrapped) is None:
                 await self.owner.warm(parsed)
-            await self._adopt(fd, authenticate(parsed, await self.log_key()), data_size, born)
+            await self._adopt(
+                fd, authenticate(parsed, await self.log_key()), data_size, born, has_header=bool(raw_header)
+            )
         except BaseException:
             if self.log is None or self.log.fd != fd:
                 store.close(fd)
@@ -292,12 +295,12 @@ class Journal:
             raise Damaged("missing-sidecar")
         await restart_newborn(self, data_size)
 
-    async def _adopt(self, fd: int, replayed: Replay, data_size: int, born: int) -> None:
+    async def _adopt(self, fd: int, replayed: Replay, data_size: int, born: int, *, has_header: bool) -> None:
         ctx, state = self.ctx, self.state
         self._open_twin()
         last = replayed.heads[-1].generation if replayed.heads else born
         if ctx.state is not None and epoch_of(last) < ctx.state.epoch and ctx.crashed_since(last):
-            await recover(self, fd, replayed, data_size)
+            await recover(self, fd, replayed, data_size, has_header=has_header)
             return
         if not replayed.heads:
             raise Damaged("frame", "no intact frame")

@@ -305,7 +305,7 @@ class Namespace:
                 old = next((e for e in source.entries.values() if tree_name(e.sealed) == below_old), None) \
                     if inode.kind in (Kind.CHAR, Kind.BLOCK) else None  # fmt: skip
                 node.apply(keys.log_key, [Entry(sealed, inode.kind, inode.log_id, old.rdev if old else 0)])
-                await self._sync_long(node, sealed)
+                await self._sync_arrival(node, sealed, inode.log_id)
                 try:
                     self.ctx.store.link(source.fd, below_old, node.fd, below)
                 except BaseException:
@@ -421,9 +421,9 @@ class Namespace:
         if dst_st is not None and back is None and dst_st.st_ino == src_st.st_ino and src.kind != Kind.DIR:
             return  # Two names of one file: rename(2) does nothing.
         await self._log_rename(source, target, src, moved, back)
-        await self._sync_long(target, dst_sealed)
-        if back is not None:
-            await self._sync_long(source, src.sealed)
+        await self._sync_arrival(target, dst_sealed, src.log_id)
+        if back is not None and dst is not None:
+            await self._sync_arrival(source, src.sealed, dst.log_id)
         try:
             # A directory below is never empty, because of its log: exchange the two, then take the old one away.
             tree_flags = RENAME_EXCHANGE if replaced is not None else flags
@@ -537,9 +537,13 @@ class Namespace:
         if target.dir_id in self.files.new_ids and log_id not in self.files.new_ids:
             await self.files.sync_dirs(inode)
 
-    async def _sync_long(self, node: DirNode, sealed: bytes) -> None:
-        """A long name stands only in the log: it must be durable before the tree uses its digest."""
-        if is_long(sealed):
+    async def _sync_arrival(self, node: DirNode, sealed: bytes, log_id: bytes) -> None:
+        """Make the frame that binds a name durable before the call on the tree does.
+
+        For what is older than this epoch or was acknowledged since: after a crash only this log's word, or a birth in
+        the crashed epoch, speaks for an entry. And for long names, which stand nowhere but in the log.
+        """
+        if is_long(sealed) or log_id not in self.files.new_ids:
             await self.ctx.in_thread(self.ctx.store.fdatasync, node.log.fd)
 
     def _give_to(self, parent: DirNode, fd: int, name: bytes, owner: Owner) -> None:

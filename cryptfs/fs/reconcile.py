@@ -1,7 +1,11 @@
 """After an epoch that ended uncleanly: a directory's log and its tree may differ, and the tree is right (FORMAT.md §6).
 
-Only for entries whose names open under the directory's names key, and whose own header or log is of this volume. Done
-once per directory, on its first use after the crash; a crash in here leaves it to be done again.
+Right within limits: an entry counts if its name opens under the directory's names key, and if either this log itself
+bound that name to that id since it was last known durable, or what lies there was made in an epoch that ended
+uncleanly. (Whatever is older was bound durably before the tree call that brought it.) So a crash is no excuse for
+exchanging or bringing back what is older.
+
+Done once per directory, on its first use after the crash; a crash in here leaves it to be done again.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ from cryptfs.crypto.siv import NameCipher
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
 from cryptfs.format.dirlog import Entry
+from cryptfs.format.log import HEAD_BYTES, KIND_DIR, decode_head, decode_header
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
-from cryptfs.format.log import KIND_DIR, decode_header
-from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.context import FsContext, log, sidecar_name
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.newborn import rebuild_directory
 from cryptfs.fs.symlink import decode_target_text
@@ -32,16 +36,22 @@ KIND_OF_MODE = {
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An entry as the tree has it; `proof`: the bytes that say its id (data header, log header, target text)."""
+    """An entry as the tree has it.
+
+    `proof`: the bytes that say its id (data header; header and first head of a `.dir`; target text). `sidecar`: the
+    same of a symlink's sidecar.
+    """
 
     st: os.stat_result
     kind: Kind
     proof: bytes
+    sidecar: bytes = b""
 
 
-def survey(store: Store, fd: int) -> dict[bytes, Found]:
+def survey(ctx: FsContext, fd: int) -> dict[bytes, Found]:
     """Everything in the directory but its log. Blocks."""
     out: dict[bytes, Found] = {}
+    store = ctx.store
     for name in store.listdir(fd):
         if name.startswith(b"."):
             continue
@@ -51,7 +61,8 @@ def survey(store: Store, fd: int) -> dict[bytes, Found]:
             continue
         kind = KIND_OF_MODE[stat.S_IFMT(st.st_mode)]
         try:
-            out[name] = Found(st, kind, _proof(store, fd, name, kind))
+            proof = _proof(store, fd, name, kind)
+            out[name] = Found(st, kind, proof, _sidecar_start(ctx, proof) if kind == Kind.SYMLINK else b"")
         except OSError as error:
             log.warning("directory entry %s cannot be read: %s", name.decode("ascii", "replace"), error.strerror)
     return out
@@ -65,12 +76,20 @@ def _proof(store: Store, fd: int, name: bytes, kind: Kind) -> bytes:
     if kind == Kind.DIR:
         inner = store.open(fd, name, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            return _first_bytes(store, inner, DIR_LOG, LOG_HEADER_BYTES)
+            return _first_bytes(store, inner, DIR_LOG, LOG_HEADER_BYTES + HEAD_BYTES)
         except FileNotFoundError:
             return b""
         finally:
             store.close(inner)
     return b""
+
+
+def _sidecar_start(ctx: FsContext, text: bytes) -> bytes:
+    try:
+        log_id, _ = decode_target_text(text)
+        return _first_bytes(ctx.store, ctx.sidecar_dir(log_id), sidecar_name(log_id), LOG_HEADER_BYTES + HEAD_BYTES)
+    except (Damaged, FileNotFoundError):
+        return b""
 
 
 def _first_bytes(store: Store, fd: int, name: bytes, count: int) -> bytes:
@@ -84,29 +103,23 @@ def _first_bytes(store: Store, fd: int, name: bytes, count: int) -> bytes:
 async def reconcile(node: DirNode) -> None:
     """Bring `node`'s log in line with its tree and say so in a frame (none on a read-only mount).
 
-    The caller holds its lock.
+    The caller is the only one to know of `node` yet.
     """
     ctx = node.ctx
-    tree = await ctx.in_thread(survey, ctx.store, node.fd)
-    volume_key = bytes(await ctx.volume_key())
-    keys = await node.keys()
-    gone = [sealed for sealed in node.entries if tree_name(sealed) not in tree]
+    tree = await ctx.in_thread(survey, ctx, node.fd)
+    judge = _Judge(node, bytes(await ctx.volume_key()), (await node.keys()).names)
     known = {tree_name(sealed): entry for sealed, entry in node.entries.items()}
+    gone = [entry.sealed for name, entry in known.items() if name not in tree]
     changed: list[Entry] = []
-    newborn: list[tuple[bytes, bytes]] = []
     for name, found in tree.items():
         recorded = known.get(name)
         try:
-            entry = _entry_of(ctx, volume_key, name, found, recorded, keys.names)
+            entry = judge.entry(name, found, recorded)
         except Damaged as error:
-            log.error("inode %d: entry of directory %d ignored: %s", found.st.st_ino, node.ino, error)
+            log.error("inode %d: entry of directory %d not accepted: %s", found.st.st_ino, node.ino, error)
             continue
-        if entry != recorded:
+        if entry is not None and entry != recorded:
             changed.append(entry)
-        # Made in the crashed epoch, its log never reached the disk, and with it nothing acknowledged.
-        lost_log = entry.kind == Kind.DIR and not any(found.proof)
-        if lost_log and not ctx.read_only and (recorded is None or recorded.sealed in node.unsure):
-            newborn.append((name, entry.log_id))
     if ctx.read_only:
         for sealed in gone:
             del node.entries[sealed]
@@ -114,39 +127,96 @@ async def reconcile(node: DirNode) -> None:
         return
     if gone or changed:
         log.warning("directory inode %d: %d entries settled after a crash", node.ino, len(gone) + len(changed))
-    for name, dir_id in newborn:
+    await _clear(node, judge.nameless)
+    for name, dir_id in judge.newborn_dirs:
         fd = ctx.store.open(node.fd, name, os.O_RDONLY | os.O_DIRECTORY)
         try:
             await rebuild_directory(ctx, tree[name].st.st_ino, fd, dir_id)
         finally:
             ctx.store.close(fd)
-    keys = await node.keys()
-    node.apply(keys.log_key, changed, gone)
+    node.apply((await node.keys()).log_key, changed, gone)
 
 
-def _entry_of(
-    ctx: FsContext, volume_key: bytes, name: bytes, found: Found, recorded: Entry | None, names: NameCipher
-) -> Entry:
-    """What the tree says about `name`. Raises `Damaged` if it is no entry of this directory."""
-    sealed = recorded.sealed if recorded is not None else sealed_from_tree(name)
-    if sealed is None:
-        raise Damaged("name", "not one of this directory")
-    names.open(sealed)
-    keep = recorded.log_id if recorded is not None and recorded.kind == found.kind else None
-    if found.kind == Kind.FILE:
-        if not found.proof:
-            # A creation cut short before its header: still empty, whichever id it gets.
-            return Entry(sealed, Kind.FILE, keep or ctx.random(ID_BYTES))
-        header = decode_data_header(found.proof)
-        ctx.check_header(memoryview(volume_key), header)
-        return Entry(sealed, Kind.FILE, header.file_id)
-    if found.kind == Kind.SYMLINK:
-        return Entry(sealed, Kind.SYMLINK, decode_target_text(found.proof)[0])
-    if found.kind == Kind.DIR:
-        if len(found.proof) < LOG_HEADER_BYTES or not any(found.proof):
-            return Entry(sealed, Kind.DIR, keep or ctx.random(ID_BYTES))
-        header_id = decode_header(found.proof)
-        if header_id.kind != KIND_DIR:
-            raise Damaged("log-header", "not a directory's")
-        return Entry(sealed, Kind.DIR, header_id.log_id)
-    return Entry(sealed, found.kind, keep or ctx.random(ID_BYTES), found.st.st_rdev)
+async def _clear(node: DirNode, names: list[bytes]) -> None:
+    """Take away what was made in the crashed epoch and has lost its name.
+
+    Durably, before a new frame could name it again.
+    """
+    ctx = node.ctx
+    for name in names:
+        ctx.store.rename(node.fd, name, ctx.dir_fd(b"tmp"), ctx.random(ID_BYTES).hex().encode())
+    if names:
+        log.warning("directory inode %d: %d nameless entries of the crashed epoch removed", node.ino, len(names))
+        await ctx.in_thread(ctx.store.fsync, node.fd)
+
+
+class _Judge:
+    """Decides, entry by entry, what the tree may say.
+
+    `nameless` and `newborn_dirs` ((name, id)) want work afterwards.
+    """
+
+    def __init__(self, node: DirNode, volume_key: bytes, names: NameCipher) -> None:
+        self.ctx = node.ctx
+        self.node = node
+        self.volume_key = volume_key
+        self.names = names
+        self.nameless: list[bytes] = []
+        self.newborn_dirs: list[tuple[bytes, bytes]] = []
+        self._ids: dict[int, bytes] = {}
+
+    def entry(self, name: bytes, found: Found, recorded: Entry | None) -> Entry | None:
+        """The entry as the tree has it; None for a nameless one. Raises `Damaged` for what may not be there."""
+        sealed = recorded.sealed if recorded is not None else sealed_from_tree(name)
+        if sealed is None:
+            if name.startswith(b"~") and self._is_new(found):
+                self.nameless.append(name)
+                return None
+            raise Damaged("name", "not one of this directory")
+        self.names.open(sealed)
+        bound = self.node.bindings.get(sealed, [])
+        if found.kind in (Kind.FILE, Kind.DIR, Kind.SYMLINK):
+            log_id = self._id_of(name, sealed, found, bound)
+            if not self._is_new(found) and not any(b.kind == found.kind and b.log_id == log_id for b in bound):
+                raise Damaged("exchanged", "neither recorded here nor made in the crashed epoch")
+            return Entry(sealed, found.kind, log_id)
+        for entry in bound:
+            if entry.kind == found.kind and entry.rdev == found.st.st_rdev:
+                return entry
+        # Nothing in a special file says whose it is; one that no frame names was never acknowledged.
+        self.nameless.append(name)
+        return None
+
+    def _id_of(self, name: bytes, sealed: bytes, found: Found, bound: list[Entry]) -> bytes:
+        if found.kind == Kind.SYMLINK:
+            return decode_target_text(found.proof)[0]
+        if found.kind == Kind.FILE and any(found.proof):
+            data_header = decode_data_header(found.proof)
+            self.ctx.check_header(memoryview(self.volume_key), data_header)
+            return data_header.file_id
+        if found.kind == Kind.DIR and any(found.proof[:LOG_HEADER_BYTES]):
+            header = decode_header(found.proof[:LOG_HEADER_BYTES])
+            if header.kind != KIND_DIR:
+                raise Damaged("log-header", "not a directory's")
+            return header.log_id
+        # A creation cut short before its header or log: empty, whichever id it gets, but one id for all its names.
+        log_id = next((b.log_id for b in reversed(bound) if b.kind == found.kind), None)
+        log_id = self._ids.setdefault(found.st.st_ino, log_id or self.ctx.random(ID_BYTES))
+        if found.kind == Kind.DIR and (not bound or sealed in self.node.unsure):
+            self.newborn_dirs.append((name, log_id))
+        return log_id
+
+    def _is_new(self, found: Found) -> bool:
+        """Whether it was made in an epoch that ended uncleanly (for what is more than empty.
+
+        Its own log or header says so).
+        """
+        if found.kind == Kind.FILE:
+            return not any(found.proof) or self.ctx.forgives(decode_data_header(found.proof).born)
+        if found.kind == Kind.DIR and not any(found.proof[:LOG_HEADER_BYTES]):
+            return True
+        start = found.proof if found.kind == Kind.DIR else found.sidecar
+        try:
+            return self.ctx.forgives(decode_head(start[LOG_HEADER_BYTES:]).generation)
+        except Damaged:
+            return False

@@ -16,7 +16,7 @@ from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES, DataHeader
 from cryptfs.fs.context import log, sidecar_name
 from cryptfs.fs.history import POISON, build_map
-from cryptfs.fs.sealed_log import Replay
+from cryptfs.fs.sealed_log import Replay, vouched_in_tail
 from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose
 
@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 _CHECK_BLOCKS = 64
 
 
-async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int) -> None:
+async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *, has_header: bool) -> None:
     """Choose the prefix, adopt it, settle it. Raises `Damaged` if something acknowledged is missing."""
     ctx, state = journal.ctx, journal.state
-    durable = replayed.durable_up_to
+    # Epochs that ended cleanly left everything durable; so did every mount for what came before it, once it was
+    # settled.
+    settled = (h.generation for h in replayed.heads if not ctx.forgives(h.generation))
+    durable = max(replayed.durable_up_to, *settled, 0)
+    if replayed.tail and vouched_in_tail(replayed, await journal.log_key()) > durable:
+        raise Damaged("frame", "an acknowledged frame is damaged")
     block_size = ctx.config.block_size
     least = sum(1 for head in replayed.heads if head.generation <= durable)
     # A head whose payload is torn ends the history, unless it was acknowledged: then it is damage, and poisons.
@@ -51,6 +56,9 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int) -
             ctx.store.close(fd)
             await restart_newborn(journal, data_size)
             return
+    if keep <= least and (not has_header or data_size < HEADER_BYTES + size):
+        # All of this was acknowledged, and a data file is never cut before its smaller size is.
+        raise Damaged("size", f"data file of {data_size} bytes, {HEADER_BYTES + size} expected")
     dropped = len(replayed.heads) - keep
     if dropped or replayed.tail:
         log.warning("inode %d: recovered after a crash, %d unacknowledged frames dropped", state.ino, dropped)
@@ -61,6 +69,8 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int) -
     assert journal.log is not None
     if ctx.store.fstat(fd).st_size != journal.log.end:
         ctx.store.ftruncate(fd, journal.log.end)
+    if not has_header:
+        await _write_header(journal)
     if data_size != HEADER_BYTES + size:
         before = ctx.store.fstat(state.data_fd)
         ctx.store.ftruncate(state.data_fd, HEADER_BYTES + size)
@@ -111,16 +121,21 @@ async def restart_newborn(journal: Journal, data_size: int) -> None:
         journal.loaded = True
         return
     made = await ctx.keys.generate(state.file_id, Purpose.LOG_FILE, 1)
-    volume_key = await ctx.volume_key()
-    header = ctx.sign_header(volume_key, DataHeader(state.file_id, ctx.next_generation()))
     # A sidecar without one good frame may lie there; it goes first, so that the new one can be created.
     with suppress(FileNotFoundError):
         ctx.store.unlink(ctx.sidecar_dir(state.file_id), sidecar_name(state.file_id))
     before = ctx.store.fstat(state.data_fd)
     ctx.store.ftruncate(state.data_fd, 0)
-    ctx.store.pwrite(state.data_fd, header, 0)
+    await _write_header(journal)
     ctx.store.futimens(state.data_fd, before.st_atime_ns, before.st_mtime_ns)
     journal.begin(made.kek_version, made.wrapped[0])
     state.data_len = 0
     state.data_unsynced = True
     await journal.commit()
+
+
+async def _write_header(journal: Journal) -> None:
+    """Give the data file the header that a crash kept from it; its birth is now."""
+    ctx, state = journal.ctx, journal.state
+    header = ctx.sign_header(await ctx.volume_key(), DataHeader(state.file_id, ctx.next_generation()))
+    ctx.store.pwrite(state.data_fd, header, 0)

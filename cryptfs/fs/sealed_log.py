@@ -21,6 +21,7 @@ from cryptfs.format.log import (
     DELTA,
     FOOT_BYTES,
     HEAD_BYTES,
+    HEAD_MAGIC,
     HEADER_BYTES,
     SIGNED_BYTES,
     SNAPSHOT,
@@ -47,6 +48,7 @@ class Replay:
     payloads: list[memoryview | None] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     tail: int = 0
+    raw: bytes = b""
 
     @property
     def durable_up_to(self) -> int:
@@ -86,6 +88,7 @@ def parse(raw: bytes) -> Replay:
         out.ends.append(end)
         at, prev, generation = end, head.mac, head.generation
     out.tail = max(0, len(raw) - at)
+    out.raw = raw
     return out
 
 
@@ -198,6 +201,25 @@ class SealedLog:
         self.prev_mac = head[SIGNED_BYTES:]
         self.end += HEAD_BYTES + len(frame.payload) + FOOT_BYTES
         self.unsynced = True
+
+
+def vouched_in_tail(replayed: Replay, mac_key: Buffer) -> int:
+    """The largest `durable_up_to` of any authentic head among the tail's bytes, 0 for none.
+
+    A tail is what a crash tore, or what somebody tore so that it looks like it: a frame in it that was once durable
+    says so.
+    """
+    log_id, raw, found = replayed.header.log_id, replayed.raw, 0
+    at = raw.find(HEAD_MAGIC, len(raw) - replayed.tail)
+    while at >= 0:
+        try:
+            head = decode_head(raw[at : at + HEAD_BYTES])
+        except Damaged:
+            head = None
+        if head is not None and same(mac(mac_key, log_id, head.signed()), head.mac):
+            found = max(found, head.durable_up_to)
+        at = raw.find(HEAD_MAGIC, at + 1)
+    return found
 
 
 def read_log(store: Store, fd: int) -> bytes:

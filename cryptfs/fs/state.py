@@ -20,7 +20,7 @@ class FileState:
 
     __slots__ = (
         "acked", "blocks", "ctx", "data_fd", "data_len", "data_unsynced", "displaced", "file_id", "ino", "lock",
-        "meta_unsynced", "size", "twin_fd", "twin_new", "twin_unsynced", "writable",
+        "meta_unsynced", "mtime_ns", "mtime_stale", "size", "twin_fd", "twin_new", "twin_unsynced", "writable",
     )  # fmt: skip
 
     def __init__(self, ctx: FsContext, ino: int, file_id: bytes, data_fd: int, *, writable: bool) -> None:
@@ -41,6 +41,11 @@ class FileState:
         self.data_unsynced = True
         self.twin_unsynced = True
         self.twin_new = False
+        # With the kernel's writeback cache the time of the last change is the kernel's to say: it sets it when it is
+        # due. What this
+        # process's own writes do to the data file's time is undone.
+        self.mtime_ns = ctx.store.fstat(data_fd).st_mtime_ns
+        self.mtime_stale = False
         self.meta_unsynced = True
 
     def home_offset(self, home: int, block: int) -> int:
@@ -54,6 +59,13 @@ class FileState:
             assert self.twin_fd is not None
             return self.twin_fd
         return self.data_fd
+
+    def restore_mtime(self) -> None:
+        """Undo what writing ciphertext did to the data file's modification time. Raises OSError."""
+        if self.mtime_stale:
+            atime_ns = self.ctx.store.fstat(self.data_fd).st_atime_ns
+            self.ctx.store.futimens(self.data_fd, atime_ns, self.mtime_ns)
+            self.mtime_stale = False
 
     @property
     def cut_pending(self) -> bool:

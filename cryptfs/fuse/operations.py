@@ -283,7 +283,7 @@ def _entry(attr: Attr) -> EntryAttributes:
     out.st_blksize = _BLOCK_BYTES
     out.st_blocks = st.st_blocks
     out.st_atime_ns = st.st_atime_ns
-    out.st_mtime_ns = st.st_mtime_ns
+    out.st_mtime_ns = st.st_mtime_ns if attr.mtime_ns is None else attr.mtime_ns
     out.st_ctime_ns = st.st_ctime_ns
     return out
 
