@@ -137,7 +137,7 @@ class DirNode:
 
     def _append(self, log_key: memoryview, payload: DirPayload) -> None:
         generation = self.ctx.next_generation()
-        gone = set(payload.gone).intersection(self.entries)
+        gone = {sealed for sealed in payload.gone if sealed in self.entries}
         come = sum(e.sealed in gone or e.sealed not in self.entries for e in payload.entries)
         size = len(self.entries) - len(gone) + come
         self.log.append(self.ctx.store, log_key, Frame(generation, self.durable_gen, size, payload.encode()))
