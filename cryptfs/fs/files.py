@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -251,21 +253,29 @@ class Files:
         if file.opens == 0:
             await self._wind_up(inode, file)
 
+    async def _let_go(self, inode: Inode, file: FileNode) -> None:
+        """After `_held`: close what lost its last name meanwhile."""
+        if file.opens == 0 and file.unlinked:
+            await self._wind_up(inode, file)
+
     async def _wind_up(self, inode: Inode, file: FileNode) -> None:
         journal = file.journal
-        if not file.unlinked and journal.loaded:
-            await file.state.lock.acquire_exclusive()
-            try:
-                file.state.restore_mtime()
-                await journal.commit()
-            except (OSError, CryptfsError) as error:
-                # What was written is still in memory and in its homes; the settling task tries again.
-                log.error("inode %d: frame not written, will retry: %s", inode.ino, error)
-                self.unsettled.add(inode)
-                return
-            finally:
-                file.state.lock.release_exclusive()
-        if file.opens or inode.file is not file:
+        while not file.unlinked and journal.loaded and not file.opens:
+            with _held(file):
+                await file.state.lock.acquire_exclusive()
+                try:
+                    file.state.restore_mtime()
+                    await journal.commit()
+                except (OSError, CryptfsError) as error:
+                    # What was written is still in memory and in its homes; the settling task tries again.
+                    log.error("inode %d: frame not written, will retry: %s", inode.ino, error)
+                    self.unsettled.add(inode)
+                    break
+                finally:
+                    file.state.lock.release_exclusive()
+            if not journal.needs_frame:
+                break
+        if file.opens or inode.file is not file or (journal.needs_frame and not file.unlinked):
             return
         if not file.unlinked and journal.needs_settling:
             self.unsettled.add(inode)
@@ -324,13 +334,15 @@ class Files:
             if file is None:
                 self.unsettled.discard(inode)
                 continue
-            try:
-                await file.journal.fsync(data_only=True)
-                await file.journal.compact()
-            except (OSError, CryptfsError) as error:
-                log.error("inode %d: not settled: %s", inode.ino, error)
-                continue
-            if file.opens == 0:
+            good = False
+            with _held(file):
+                try:
+                    await file.journal.fsync(data_only=True)
+                    await file.journal.compact()
+                    good = True
+                except (OSError, CryptfsError) as error:
+                    log.error("inode %d: not settled: %s", inode.ino, error)
+            if file.opens == 0 and (good or file.unlinked):
                 await self._wind_up(inode, file)
         for node in self.inodes.open_dirs():
             if not node.pins and node.lock.idle:
@@ -349,20 +361,39 @@ class Files:
             await trio.sleep(_SETTLE_INTERVAL_S)
             await self.settle()
 
+    async def sync_all(self) -> bool:
+        """Sync every file somebody has open or that is not settled; False if one could not be."""
+        good = True
+        for inode in self.inodes.with_files():
+            file = inode.file
+            if file is None or file.unlinked or not file.journal.loaded:
+                continue
+            with _held(file):
+                try:
+                    await file.journal.fsync()
+                except (OSError, CryptfsError) as error:
+                    log.error("inode %d: not synced: %s", inode.ino, error)
+                    good = False
+            await self._let_go(inode, file)
+        return good
+
     async def commit_all(self) -> bool:
         """Append every frame that is owed; False if one could not be."""
         good = True
-        for file in self.inodes.open_files():
-            if file.unlinked or not file.journal.loaded:
+        for inode in self.inodes.with_files():
+            file = inode.file
+            if file is None or file.unlinked or not file.journal.loaded:
                 continue
-            await file.state.lock.acquire_exclusive()
-            try:
-                await file.journal.commit()
-            except (OSError, CryptfsError) as error:
-                log.error("inode %d: frame not written: %s", file.state.ino, error)
-                good = False
-            finally:
-                file.state.lock.release_exclusive()
+            with _held(file):
+                await file.state.lock.acquire_exclusive()
+                try:
+                    await file.journal.commit()
+                except (OSError, CryptfsError) as error:
+                    log.error("inode %d: frame not written: %s", inode.ino, error)
+                    good = False
+                finally:
+                    file.state.lock.release_exclusive()
+            await self._let_go(inode, file)
         for node in self.inodes.open_dirs():
             try:
                 await node.flush()
@@ -389,6 +420,16 @@ class _Place:
 
     async def warm(self, parsed: Replay) -> None:
         await self._files.prefetcher.warm(self._inode, parsed)
+
+
+@contextmanager
+def _held(file: FileNode) -> Iterator[None]:
+    """Count as an opening while something is awaited: a close or an unlink meanwhile would close the descriptors."""
+    file.opens += 1
+    try:
+        yield
+    finally:
+        file.opens -= 1
 
 
 def kind_of(st: os.stat_result) -> Kind:

@@ -26,10 +26,13 @@ _DIRS_MAX = 256
 class Inode:
     """One object of the tree. `paths`: the (directory, name in `tree/`) pairs known for it, the best one last.
 
-    `last_st`: its attributes when its last name went, while the kernel still knows it.
+    `last_st`: its attributes when its last name went, while the kernel still knows it. `kept_fd`: keeps the object
+    alive below for as long, so that its number is not given to another one: the kernel says only the number.
     """
 
-    __slots__ = ("children", "file", "generation", "ino", "kind", "last_st", "log_id", "lookups", "paths", "settled")
+    __slots__ = (
+        "children", "file", "generation", "ino", "kept_fd", "kind", "last_st", "log_id", "lookups", "paths", "settled",
+    )  # fmt: skip
 
     def __init__(self, ino: int, kind: Kind, log_id: bytes, generation: int) -> None:
         self.ino = ino
@@ -41,6 +44,7 @@ class Inode:
         self.paths: list[tuple[Inode, bytes]] = []
         self.file: FileNode | None = None
         self.last_st: os.stat_result | None = None
+        self.kept_fd = -1
         self.settled = False
 
     def place(self) -> tuple[Inode, bytes]:
@@ -133,6 +137,9 @@ class InodeTable:
                 if node is not None and not node.pins and not node.has_pending:
                     del self._dirs[inode.ino]
                     node.close()
+            if inode.kept_fd >= 0:
+                self.ctx.store.close(inode.kept_fd)
+                inode.kept_fd = -1
             parents = [parent for parent, _ in inode.paths]
             self._unlink_all(inode)
             if len(parents) != 1:
@@ -204,7 +211,7 @@ class InodeTable:
         for ino, node in list(self._dirs.items()):
             if over <= 0:
                 return
-            if node is not keep and not node.pins and node.lock.idle and not node.has_pending:
+            if node is not keep and not node.pins and node.lock.idle and not node.has_pending and not node.removed:
                 del self._dirs[ino]
                 node.close()
                 over -= 1
@@ -224,7 +231,11 @@ class InodeTable:
 
     def open_files(self) -> list[FileNode]:
         """All files somebody has open or that are not settled."""
-        return [inode.file for inode in self._inodes.values() if inode.file is not None]
+        return [inode.file for inode in self.with_files() if inode.file is not None]
+
+    def with_files(self) -> list[Inode]:
+        """The inodes of these."""
+        return [inode for inode in self._inodes.values() if inode.file is not None]
 
     def close(self) -> None:
         """Close every descriptor."""
@@ -235,4 +246,7 @@ class InodeTable:
             log.debug("inode %d closed with the volume", file.state.ino)
             file.journal.close()
             file.state.close()
+        for inode in self._inodes.values():
+            if inode.kept_fd >= 0:
+                self.ctx.store.close(inode.kept_fd)
         self._inodes.clear()

@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cryptfs.errors import Damaged
@@ -307,7 +308,9 @@ class Namespace:
                 node.apply(keys.log_key, [Entry(sealed, inode.kind, inode.log_id, old.rdev if old else 0)])
                 await self._sync_arrival(node, sealed, inode.log_id)
                 try:
-                    self.ctx.store.link(source.fd, below_old, node.fd, below)
+                    # It may have been renamed meanwhile, and another file may lie under its old name.
+                    source_now, below_now = await self._where(inode)
+                    self.ctx.store.link(source_now.fd, below_now, node.fd, below)
                 except BaseException:
                     node.revert((await node.keys()).log_key, gone=[sealed])
                     raise
@@ -331,6 +334,7 @@ class Namespace:
                 raise os_error(errno.EISDIR)
             below = tree_name(entry.sealed)
             st = store.lstat(node.fd, below)
+            self._keep_number(node, below, st)
             node.apply(keys.log_key, gone=[entry.sealed])
             try:
                 store.unlink(node.fd, below)
@@ -418,12 +422,14 @@ class Namespace:
         back = Entry(src.sealed, dst.kind, dst.log_id, dst.rdev) if flags == RENAME_EXCHANGE and dst else None
         dst_st = store.lstat(target.fd, dst_below) if dst is not None else None
         src_st = store.lstat(source.fd, src_below)
-        if dst_st is not None and back is None and dst_st.st_ino == src_st.st_ino and src.kind != Kind.DIR:
+        if dst_st is not None and dst_st.st_ino == src_st.st_ino and src.kind != Kind.DIR:
             return  # Two names of one file: rename(2) does nothing.
         await self._log_rename(source, target, src, moved, back)
         await self._sync_arrival(target, dst_sealed, src.log_id)
         if back is not None and dst is not None:
             await self._sync_arrival(source, src.sealed, dst.log_id)
+        if dst_st is not None and back is None and replaced is None:
+            self._keep_number(target, dst_below, dst_st)
         try:
             # A directory below is never empty, because of its log: exchange the two, then take the old one away.
             tree_flags = RENAME_EXCHANGE if replaced is not None else flags
@@ -527,6 +533,14 @@ class Namespace:
             raise os_error(errno.ENOENT)
         return entry
 
+    async def _where(self, inode: Inode) -> tuple[DirNode, bytes]:
+        """Directory and name in `tree/` of an inode, true until the caller's next await. Raises ESTALE."""
+        while True:
+            place = inode.place()
+            node = await self.inodes.dir(place[0])
+            if inode.paths and inode.place() == place:
+                return node, place[1]
+
     async def _child(self, parent: Inode, node: DirNode, entry: Entry) -> tuple[Inode, DirNode]:
         attr = await self._look(parent, node, entry)
         return attr.inode, await self.inodes.dir(attr.inode)
@@ -581,6 +595,13 @@ class Namespace:
         inode.last_st = _without_links(st)
         self.files.new_ids.discard(inode.log_id)
         self.inodes.release(inode)
+
+    def _keep_number(self, node: DirNode, below: bytes, st: os.stat_result) -> None:
+        """Before the last name of an object goes: as long as the kernel knows its number, nothing else may get that."""
+        inode = self.inodes.find(st.st_ino)
+        if inode is not None and st.st_nlink == 1 and inode.kept_fd < 0:
+            with suppress(OSError):
+                inode.kept_fd = self.ctx.store.open(node.fd, below, os.O_PATH)
 
     def _name_gone(self, parent: Inode, below: bytes, entry: Entry, st: os.stat_result) -> None:
         """After a name of a non-directory went: the last one takes the object along."""

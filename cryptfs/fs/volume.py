@@ -25,6 +25,10 @@ class Volume:
         self.reaper = Reaper(ctx)
         self.files = Files(ctx, self.inodes, self.reaper)
         self.names = Namespace(ctx, self.inodes, self.files, self.reaper)
+        self._background = trio.CancelScope()
+        self._idle: trio.Event | None = None
+        self._flushing = trio.Lock()
+        self._closed = False
 
     @property
     def root(self) -> Inode:
@@ -35,21 +39,23 @@ class Volume:
         """Background work: settling files, deleting what is dead. Ends when cancelled."""
         if self.ctx.read_only:
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.files.serve)
-            nursery.start_soon(self.reaper.serve)
+        self._idle = trio.Event()
+        try:
+            with self._background:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.files.serve)
+                    nursery.start_soon(self.reaper.serve)
+        finally:
+            self._idle.set()
 
     async def flush(self) -> None:
         """Write and sync everything now, with the keys at hand: the agent is going away. Errors are logged."""
         if self.ctx.read_only:
             return
-        await self.files.commit_all()
-        for file in self.inodes.open_files():
-            if not file.unlinked and file.journal.loaded:
-                try:
-                    await file.journal.fsync()
-                except (OSError, CryptfsError) as error:
-                    log.error("inode %d: not flushed: %s", file.state.ino, error)
+        async with self._flushing:
+            if not self._closed:
+                await self.files.commit_all()
+                await self.files.sync_all()
 
     def statfs(self) -> os.statvfs_result:
         """Of the backing file system."""
@@ -62,14 +68,20 @@ class Volume:
         """
         ctx = self.ctx
         clean = True
-        if not ctx.read_only:
-            try:
-                clean = await self._leave()
-            except (OSError, CryptfsError) as error:
-                log.error("the volume was not left clean: %s", error)
-                clean = False
-        self.inodes.close()
-        ctx.close()
+        # Neither may be in the middle of a sync when the descriptors are closed.
+        self._background.cancel()
+        if self._idle is not None:
+            await self._idle.wait()
+        async with self._flushing:
+            self._closed = True
+            if not ctx.read_only:
+                try:
+                    clean = await self._leave()
+                except (OSError, CryptfsError) as error:
+                    log.error("the volume was not left clean: %s", error)
+                    clean = False
+            self.inodes.close()
+            ctx.close()
         return clean
 
     async def _leave(self) -> bool:
@@ -77,13 +89,7 @@ class Volume:
         ctx, store = self.ctx, self.ctx.store
         assert ctx.state is not None
         good = await self.files.commit_all()
-        for file in self.inodes.open_files():
-            if file.journal.loaded and not file.unlinked:
-                try:
-                    await file.journal.fsync()
-                except (OSError, CryptfsError) as error:
-                    log.error("inode %d: not synced: %s", file.state.ino, error)
-                    good = False
+        good = await self.files.sync_all() and good
         await ctx.in_thread(store.syncfs, store.root())
         await self.reaper.flush()
         if not good:
