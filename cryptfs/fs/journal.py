@@ -17,7 +17,7 @@ from typing import Protocol
 
 import trio
 
-from cryptfs.blocks.extents import LOGGED, ExtentMap
+from cryptfs.blocks.extents import HOME_TWIN, LOGGED, ExtentMap
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
 from cryptfs.format.log import KIND_FILE, LogHeader
@@ -141,6 +141,9 @@ class Journal:
             if self._sync_error is not None:
                 # The kernel may have dropped what it could not write: a later success would be a lie.
                 raise OSError(self._sync_error.errno, os.strerror(self._sync_error.errno or 0))
+            if not self.loaded:
+                # Whoever wrote the file may have closed it: its log and twin are as unsynced as its data.
+                await self.load()
             lock = self.state.lock
             await lock.acquire_exclusive()
             try:
@@ -154,8 +157,7 @@ class Journal:
             try:
                 self.state.restore_mtime()
                 await self._sync(data_only=data_only)
-                if self.loaded:
-                    self._settled()
+                self._settled()
             finally:
                 lock.release_shared()
 
@@ -170,19 +172,20 @@ class Journal:
             calls.append((store.fdatasync, self.log.fd))
         if self._sidecar_new or state.twin_new:
             calls.append((store.fsync, self.ctx.sidecar_dir(state.file_id)))
+        if not data_only:
+            # Before the call: who changes attributes takes no lock, and what comes during the sync is not part of it.
+            state.meta_unsynced = False
         try:
             await self.ctx.in_threads(calls)
-            if not self.entry_durable:
-                await self.owner.sync_entry()
         except OSError as error:
             self._sync_error = error
             raise
-        self.entry_durable = True
         state.data_unsynced = state.twin_unsynced = state.twin_new = self._sidecar_new = False
-        if not data_only:
-            state.meta_unsynced = False
         if self.log is not None:
             self.log.unsynced = False
+        if not self.entry_durable:
+            await self.owner.sync_entry()
+            self.entry_durable = True
 
     def _settled(self) -> None:
         """All of the file is durable as it is now; what stood aside is dead."""
@@ -318,8 +321,10 @@ class Journal:
         state.blocks = blocks
         state.size = self._framed_size = size
         self.log = SealedLog.resume(fd, replayed, keep)
-        # What an earlier incarnation of this opening appended may still be unsynced.
+        # What an earlier incarnation of this opening made and appended may still be unsynced.
         self.log.unsynced = True
+        self._sidecar_new = not self.entry_durable
+        state.twin_new = state.twin_fd is not None and all(e.home != HOME_TWIN for e in blocks)
         self._last_gen = replayed.heads[keep - 1].generation
         said = max(head.durable_up_to for head in replayed.heads[:keep])
         # Mounting synced the whole file system: frames of earlier epochs are durable.
@@ -329,6 +334,8 @@ class Journal:
 
     def _open_twin(self) -> None:
         state, store = self.state, self.ctx.store
+        if state.twin_fd is not None:
+            return  # From an attempt at loading that failed later.
         mode = os.O_RDWR if state.writable else os.O_RDONLY
         try:
             state.twin_fd = store.open(self.ctx.sidecar_dir(state.file_id), twin_name(state.file_id), mode)
