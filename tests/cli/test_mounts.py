@@ -143,7 +143,7 @@ def test_a_machine_without_a_usable_device(monkeypatch: pytest.MonkeyPatch, call
 def test_a_daemon_is_found_by_its_command_line_and_watched_to_its_end(tmp_path: Path) -> None:
     words = ["-m", "cryptfs.daemon", "--cipher-dir", str(tmp_path), "--mountpoint", "/m n", "--agent-socket", "/s"]
     with subprocess.Popen(
-        [sys.executable, "-c", "import sys; print(); sys.stdin.read()", *words],
+        [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
