@@ -18,6 +18,7 @@ from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
 from cryptfs.format.log import DELTA, KIND_DIR, Head, LogHeader
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.locks import SharedLock
+from cryptfs.fs.resync import log_again
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log, vouched_in_tail
 from cryptfs.names import DIR_LOG
 from cryptfs.ports import KeyRun, Kit
@@ -60,6 +61,7 @@ class DirNode:
         """Sealed names recorded in an epoch that ended uncleanly: what they name may never have reached the disk."""
         self.bindings: dict[bytes, list[Entry]] = {}
         """After a crash only: what each sealed name was bound to since the log was last known to be durable."""
+        self._sync_failed = False
         self._pending: list[DirPayload] = []
         """Changes the tree has and the log could not take (disk full): appended before anything else is."""
 
@@ -153,6 +155,8 @@ class DirNode:
 
     async def sync(self) -> None:
         """Make the log and the directory durable. Raises OSError."""
+        if self._sync_failed:
+            await log_again(self.ctx, self.log, bytearray((await self.keys()).log_key))
         await self.flush()
         generation, store = self.last_gen, self.ctx.store
 
@@ -160,7 +164,10 @@ class DirNode:
             store.fdatasync(self.log.fd)
             store.fsync(self.fd)
 
+        # Believed only if it returns: see `resync`.
+        self._sync_failed = True
         await self.ctx.in_thread(both)
+        self._sync_failed = False
         self.durable_gen = max(self.durable_gen, generation)
 
     async def compact(self) -> None:

@@ -25,6 +25,7 @@ from cryptfs.format.sidecar import SidecarPayload
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
 from cryptfs.fs.history import POISON, build_map
 from cryptfs.fs.recovery import recover, restart_newborn
+from cryptfs.fs.resync import write_again
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
 from cryptfs.fs.state import FileState
 from cryptfs.ports import KeyRun
@@ -69,7 +70,7 @@ class Journal:
         self._last_gen = 0
         self._sidecar_new = False
         self._syncing = trio.Lock()
-        self._sync_error: OSError | None = None
+        self._sync_failed = False
 
     # a file that was created just now --------------------------------------------------------------------------
 
@@ -135,18 +136,18 @@ class Journal:
     async def fsync(self, *, data_only: bool = False) -> None:
         """Return once everything written before the call is durable.
 
-        Raises OSError, and keeps raising it after a failed sync.
+        Raises OSError. After a sync that failed, the next one writes everything again first (`resync`).
         """
         async with self._syncing:
-            if self._sync_error is not None:
-                # The kernel may have dropped what it could not write: a later success would be a lie.
-                raise OSError(self._sync_error.errno, os.strerror(self._sync_error.errno or 0))
             if not self.loaded:
                 # Whoever wrote the file may have closed it: its log and twin are as unsynced as its data.
                 await self.load()
             lock = self.state.lock
             await lock.acquire_exclusive()
             try:
+                if self._sync_failed:
+                    await write_again(self)
+                    self._sync_failed = False
                 if self.needs_frame:
                     self._append(await self.log_key())
             except BaseException:
@@ -177,8 +178,8 @@ class Journal:
             state.meta_unsynced = False
         try:
             await self.ctx.in_threads(calls)
-        except OSError as error:
-            self._sync_error = error
+        except OSError:
+            self._sync_failed = True
             raise
         state.data_unsynced = state.twin_unsynced = state.twin_new = self._sidecar_new = False
         if self.log is not None:
@@ -212,10 +213,11 @@ class Journal:
     async def compact(self) -> None:
         """Rewrite the log as one snapshot if most of it is dead. Only right after an fsync, nothing written since."""
         state, ctx = self.state, self.ctx
-        if self.log is None or self.log.end < _COMPACT_MIN_BYTES + 2 * self.log.live_from:
-            return
         await state.lock.acquire_exclusive()
         try:
+            # Looked at under the lock: whoever waited for it may have closed the log.
+            if self.log is None or self.log.end < _COMPACT_MIN_BYTES + 2 * self.log.live_from:
+                return
             live = 56 * sum(e.end - e.first for e in state.blocks) + 32 * len(state.blocks)
             if self.needs_frame or state.blocks.unsettled() or self.log.end < _COMPACT_MIN_BYTES + 2 * live:
                 return
@@ -234,7 +236,12 @@ class Journal:
                 )
             finally:
                 key[:] = bytes(len(key))
-            self._last_gen = self.durable_gen = generation
+            # From here on the log is the new one, whatever becomes of the sync.
+            self._last_gen = generation
+            self._sidecar_new = True
+            await ctx.in_thread(ctx.store.fsync, where)
+            self._sidecar_new = False
+            self.durable_gen = generation
         finally:
             state.lock.release_exclusive()
 

@@ -45,7 +45,7 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *
     for keep in range(most, max(least, 1) - 1, -1):
         blocks, size = build_map(replayed, keep, block_size)
         suspects = [e for e in blocks if e.home != POISON and e.generation > durable and ctx.forgives(e.generation)]
-        if all([await _authentic(journal, e, verdicts) for e in suspects]):
+        if all([await authentic(journal, e, verdicts) for e in suspects]):
             break
     else:
         if least:
@@ -79,7 +79,7 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *
     journal.settle_frame(await journal.log_key())
 
 
-async def _authentic(journal: Journal, extent: Extent, verdicts: dict[bytes, bool]) -> bool:
+async def authentic(journal: Journal, extent: Extent, verdicts: dict[bytes, bool]) -> bool:
     """Whether every block of `extent` decrypts from its home."""
     ctx, state = journal.ctx, journal.state
     if extent.home == HOME_TWIN and state.twin_fd is None:

@@ -172,7 +172,9 @@ class SealedLog:
     ) -> SealedLog:
         """A new log of one snapshot beside this one, synced, renamed over it.
 
-        Blocks; returns it, this one is closed.
+        Blocks; returns it, this one is closed. That the new one has the name is not durable yet: until the caller has
+        synced the directory nothing may count as durable that only the new one says. Raises OSError; then this one is
+        as it was.
         """
         fresh = name + b".new"
         with suppress(FileNotFoundError):
@@ -185,7 +187,6 @@ class SealedLog:
             store.close(new.fd)
             store.unlink(dir_fd, fresh)
             raise
-        store.fsync(dir_fd)
         store.close(self.fd)
         new.unsynced = False
         return new
