@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import trio
+
 from cryptfs.crypto.siv import NameCipher
 from cryptfs.errors import Damaged
 from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
@@ -62,6 +64,7 @@ class DirNode:
         self.bindings: dict[bytes, list[Entry]] = {}
         """After a crash only: what each sealed name was bound to since the log was last known to be durable."""
         self._sync_failed = False
+        self._syncing = trio.Lock()
         self._pending: list[DirPayload] = []
         """Changes the tree has and the log could not take (disk full): appended before anything else is."""
 
@@ -155,6 +158,12 @@ class DirNode:
 
     async def sync(self) -> None:
         """Make the log and the directory durable. Raises OSError."""
+        # One at a time: of two at once only one would be told of an error, and a rewriting would close the log under
+        # their hands.
+        async with self._syncing:
+            await self._sync()
+
+    async def _sync(self) -> None:
         if self._sync_failed:
             await log_again(self.ctx, self.log, bytearray((await self.keys()).log_key))
         await self.flush()
@@ -173,11 +182,17 @@ class DirNode:
     async def compact(self) -> None:
         """Rewrite the log as one snapshot when most of it is dead frames."""
         live = sum(len(e.sealed) + 24 for e in self.entries.values()) + _FRAME_BYTES
-        if self.log.end < _COMPACT_MIN_BYTES + 3 * live or self.removed or self.ctx.read_only:
+        if self._log is None or self.log.end < _COMPACT_MIN_BYTES + 3 * live or self.removed or self.ctx.read_only:
             return
-        await self.lock.acquire_exclusive()
         self.pins += 1
         try:
+            async with self.lock.exclusive():
+                await self._rewrite()
+        finally:
+            self.pins -= 1
+
+    async def _rewrite(self) -> None:
+        async with self._syncing:
             await self.flush()
             generation = self.ctx.next_generation()
             payload = DirPayload(tuple(self.entries.values()))
@@ -193,9 +208,7 @@ class DirNode:
             self.last_gen = generation
             # The log's new name is not a change of the directory the user sees.
             self.ctx.store.futimens(self.fd, before.st_atime_ns, before.st_mtime_ns)
-        finally:
-            self.pins -= 1
-            self.lock.release_exclusive()
+            await self.ctx.in_thread(self.ctx.store.fsync, self.fd)
 
     def close_log(self) -> None:
         """Close the log's descriptor."""

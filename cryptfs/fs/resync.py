@@ -48,14 +48,16 @@ async def write_again(journal: Journal) -> None:
 
 async def log_again(ctx: FsContext, log: SealedLog, key: bytearray) -> None:
     """The same for a log. `key` is wiped. Raises OSError(EIO)."""
+    # Whoever changes a directory may append to its log meanwhile.
+    log_end, last_mac = log.end, log.prev_mac
 
     def again() -> None:
-        raw = read_log(ctx.store, log.fd)[: log.end]
+        raw = read_log(ctx.store, log.fd)[:log_end]
         try:
             good = authenticate(parse(raw), key)
         except Damaged:
             good = None
-        if good is None or not good.ends or good.ends[-1] != log.end or good.heads[-1].mac != log.prev_mac:
+        if good is None or not good.ends or good.ends[-1] != log_end or good.heads[-1].mac != last_mac:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         write_all(ctx.store, log.fd, raw, 0)
 
