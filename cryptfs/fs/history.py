@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cryptfs.blocks.extents import DURABLE, Extent, ExtentMap
 from cryptfs.errors import Damaged
-from cryptfs.format.sidecar import Run, decode_sidecar
+from cryptfs.format.log import SNAPSHOT
+from cryptfs.format.sidecar import Run, SidecarPayload, decode_sidecar
 from cryptfs.fs.sealed_log import Replay
 
 POISON = 9
@@ -15,14 +16,15 @@ def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, 
     """(block map, size) after the first `keep` frames. A frame whose payload is lost poisons the blocks it names."""
     blocks = ExtentMap(block_size)
     size = 0
-    for head, payload in zip(replayed.heads[:keep], replayed.payloads[:keep], strict=True):
+    for i, head in enumerate(replayed.heads[:keep]):
+        if head.kind == SNAPSHOT:
+            blocks, size = ExtentMap(block_size), 0
         last = -(-head.size // block_size)
         if head.size < size:
             blocks.remove(last, max(last, -(-size // block_size)))
         size = head.size
-        decoded = None
-        if payload is not None:
-            decoded = decode_sidecar(payload, block_size)
+        decoded = decoded_payload(replayed, i, block_size)
+        if decoded is not None:
             for first, count in decoded.holes:
                 blocks.remove(first, first + count)
             for run in decoded.runs:
@@ -35,6 +37,17 @@ def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, 
             blocks.remove(head.first, head.end)
             blocks.insert(Extent(head.first, head.end, 0, block_size, POISON, 0, b"", b"", DURABLE, head.generation))
     return blocks, size
+
+
+def decoded_payload(replayed: Replay, frame: int, block_size: int) -> SidecarPayload | None:
+    """A frame's payload, decoded once; None if it is lost. Raises `Damaged("payload")`."""
+    decoded = replayed.decoded.get(frame)
+    if decoded is None:
+        payload = replayed.payloads[frame]
+        if payload is None:
+            return None
+        decoded = replayed.decoded[frame] = decode_sidecar(payload, block_size)
+    return decoded
 
 
 def _extent(run: Run, generation: int) -> Extent:

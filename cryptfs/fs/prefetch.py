@@ -15,8 +15,8 @@ import os
 from collections import OrderedDict
 
 from cryptfs.errors import Damaged
-from cryptfs.format.sidecar import decode_sidecar
 from cryptfs.fs.context import FsContext, sidecar_name
+from cryptfs.fs.history import decoded_payload
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.sealed_log import Replay, parse, read_log
 from cryptfs.ports import KeyRun
@@ -96,15 +96,15 @@ def first_keys(parsed: Replay, block_size: int) -> list[KeyRun]:
     """
     header = parsed.header
     runs = [KeyRun(header.log_id, Purpose.LOG_FILE, header.kek_version, (header.log_wrapped,))]
-    for payload in reversed(parsed.payloads):
-        if payload is None:
-            break
+    for frame in reversed(range(len(parsed.heads))):
         try:
-            records = decode_sidecar(payload, block_size).runs
+            decoded = decoded_payload(parsed, frame, block_size)
         except Damaged:
             break
-        if records:
-            run = records[0]
+        if decoded is None:
+            break
+        if decoded.runs:
+            run = decoded.runs[0]
             count = min(run.count, _FIRST_DEKS)
             wraps = [run.wrapped[i * WRAPPED_BYTES : (i + 1) * WRAPPED_BYTES] for i in range(count)]
             runs.append(KeyRun(header.log_id, Purpose.BLOCK, run.kek_version, wraps, run.first))

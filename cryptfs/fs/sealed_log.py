@@ -31,6 +31,7 @@ from cryptfs.format.log import (
     decode_header,
     encode_foot,
 )
+from cryptfs.format.sidecar import SidecarPayload
 from cryptfs.fs.context import write_all
 from cryptfs.ports import Store
 from cryptfs.types import Buffer
@@ -49,6 +50,8 @@ class Replay:
     ends: list[int] = field(default_factory=list)
     tail: int = 0
     raw: bytes = b""
+    decoded: dict[int, SidecarPayload] = field(default_factory=dict)
+    """Payloads of a sidecar that were decoded already, by frame."""
 
     @property
     def durable_up_to(self) -> int:
