@@ -15,11 +15,24 @@ from pathlib import Path
 
 from cryptfs.cli import mounts, processes
 from cryptfs.cli.mounts import wait_until
+from cryptfs.errors import MountpointUnusable
 from cryptfs.format.volume import parse_volume
 
 PASSPHRASE = "correct horse battery staple 7"
 TIMEOUT_S = 90.0
 ENDING_S = 30.0
+
+
+@dataclass
+class Daemon:
+    """A daemon that is a child of the tests."""
+
+    process: subprocess.Popen[bytes]
+    stderr: Path
+    exit_code: int = 0
+
+    def said(self) -> str:
+        return self.stderr.read_text("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,9 @@ class Box:
         return self.run("mount", *options, self.vault, self.clear, code=code).stderr
 
     def umount(self) -> None:
-        self.run("umount", self.clear)
+        """Unmount with fusermount3 and wait for the daemon, as `cryptfs umount` does, but without starting Python."""
+        with ending(self.daemon_pid):
+            mounts.unmount(self.clear)
 
     def remount(self, *options: str) -> None:
         self.umount()
@@ -89,6 +104,41 @@ class Box:
 
     def unlock(self) -> None:
         self.run("unlock", self.vault)
+
+    @contextlib.contextmanager
+    def daemon(self, agent_socket: Path, *options: str, python: tuple[str, ...] = ()) -> Iterator[Daemon]:
+        """A daemon started without `cryptfs mount`, on a volume that is unlocked; `python`: the interpreter's options.
+
+        Unmounted at the end, unless it is already; must end with `Daemon.exit_code`.
+        """
+        read_fd, write_fd = os.pipe()
+        said = self.root / "daemon.log"
+        words = [
+            *("--cipher-dir", str(self.vault), "--mountpoint", str(self.clear), "--agent-socket", str(agent_socket)),
+            *("--ready-fd", str(write_fd), *options),
+        ]
+        with said.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, *python, "-m", "cryptfs.daemon", *words],
+                env=self.environment, stdin=subprocess.DEVNULL, stderr=log, pass_fds=(write_fd,),
+            )  # fmt: skip
+        os.close(write_fd)
+        with open(read_fd, "rb") as ready:
+            line = ready.readline()
+        daemon = Daemon(process, said)
+        try:
+            assert line == b"ready\n", (line, daemon.said())
+            yield daemon
+            if self.is_mounted:
+                self.umount()
+            assert process.wait(ENDING_S) == daemon.exit_code, daemon.said()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDING_S)
+            process.kill()
+            process.wait()
 
     # processes -------------------------------------------------------------------------------------------------
 
@@ -136,7 +186,8 @@ class Box:
     def close(self) -> None:
         """Unmount and end agent and daemon, whatever state a test left them in."""
         if self.is_mounted:
-            self.run("umount", self.clear, code=None)
+            with contextlib.suppress(AssertionError, MountpointUnusable):
+                self.umount()
         if self.is_mounted:
             with contextlib.suppress(AssertionError):
                 self.kill_daemon()
