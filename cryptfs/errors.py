@@ -16,6 +16,7 @@
     +-- Damaged                    21   one entry, file or block is not what was written (EIO on it alone)
     +-- ProtocolError              22   a message that breaks the agent protocol
     +-- Denied                     23   a policy of the agent refuses the request
+    +-- Repaired                   24   damage was found and put right: `check --repair` ends with it, nothing raises it
 
 The numbers are part of the command line's contract (docs/CLI_ABI.md): never reused, never renumbered. This module
 imports nothing; only `cli` turns an error into advice, only `fuse` into an errno.
@@ -123,3 +124,9 @@ class Denied(CryptfsError):
     """A policy of the agent refuses the request."""
 
     exit_code = 23
+
+
+class Repaired(CryptfsError):
+    """Damage or leftovers were found and put right. Never raised: `check --repair` ends with its code."""
+
+    exit_code = 24

@@ -33,6 +33,8 @@ _VERBS = {
     "lock": "cryptfs.cli.lock:lock",
     "status": "cryptfs.cli.status:status",
     "info": "cryptfs.cli.info:info",
+    "check": "cryptfs.cli.check:check",
+    "export": "cryptfs.cli.export:export",
     "agent": "cryptfs.cli.agent_verbs:agent",
 }
 

@@ -1,0 +1,88 @@
+"""`cryptfs check DIR`: is everything in a volume what was written, and with `--repair`, make it so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cryptfs.cli import passphrase, ui
+
+if TYPE_CHECKING:
+    from cryptfs.ops.check_report import Report
+
+
+@click.command()
+@click.argument("dir", type=click.Path(path_type=Path))
+@click.option("--deep", is_flag=True, help="Read and authenticate every block.")
+@click.option(
+    "--repair", is_flag=True, help="Put right what can be; the rest goes to a directory in the volume. Not mounted."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+@passphrase.options
+def check(
+    dir: Path,  # noqa: A002
+    *,
+    deep: bool,
+    repair: bool,
+    as_json: bool,
+    passfile: Path | None,
+    passfd: int | None,
+    extpass: str | None,
+) -> int:
+    """Check the volume DIR, mounted or not: every name, sidecar and size, with --deep every block.
+
+    Ends with 0 if nothing is damaged, 21 if something is, 24 if --repair put right all there was.
+    """
+    # Accepting a deliberate change (`--accept PATH`) belongs here: an option that names paths and is handed on with
+    # the record of what was last seen, before anything is judged.
+    report = _report(dir, passphrase.choose(passfile, passfd, extpass), deep=deep, repair=repair)
+    if as_json:
+        ui.out_json(report.as_json())
+    else:
+        _show(report)
+    return exit_code(report)
+
+
+def _report(cipher_dir: Path, sources: passphrase.Sources, *, deep: bool, repair: bool) -> Report:
+    from cryptfs.cli import progress
+    from cryptfs.cli.volume_access import Reached, with_volume
+    from cryptfs.ops.check import check_volume
+    from cryptfs.ops.check_repair import repair_volume
+    from cryptfs.ops.check_report import Tally
+
+    async def work(reached: Reached) -> Report:
+        tally = Tally()
+        async with progress.shown(tally, by_bytes=deep):
+            if repair:
+                return await repair_volume(reached.access, deep=deep, tally=tally)
+            return await check_volume(reached.access, deep=deep, settle=reached.settle, tally=tally)
+
+    return with_volume(cipher_dir, sources, work, exclusive=repair)
+
+
+def exit_code(report: Report) -> int:
+    """0, `Damaged`'s or `Repaired`'s (docs/CLI_ABI.md)."""
+    from cryptfs.errors import Damaged, Repaired
+
+    return {"damaged": Damaged.exit_code, "repaired": Repaired.exit_code}.get(report.result, 0)
+
+
+def _show(report: Report) -> None:
+    from cryptfs.cli.progress import size
+
+    for finding in report.findings:
+        ui.out(ui.printable(f"{finding.severity.value}: {finding.line()}"))
+    for path in report.busy:
+        ui.note(f"{path.decode(errors='surrogateescape')} is in use and could not be judged; unmount to check it")
+    tally = report.tally
+    what = "every block read" if report.deep else "structure only, --deep reads every block"
+    counts = f"{tally.directories} directories, {tally.files} files, {tally.symlinks} symlinks"
+    ui.out(f"{report.result}: {counts}, {size(tally.done_bytes)} in {report.duration_s:.1f} s ({what})")
+    if report.damage:
+        ui.out(f"{len(report.damage)} things are damaged")
+    if report.leftovers:
+        ui.note(f"{len(report.leftovers)} leftovers cost space and nothing else; --repair removes them")
+    if report.quarantine:
+        ui.note(f"what could not be put in its place is in {ui.printable(report.quarantine.decode())} in the volume")

@@ -1,0 +1,160 @@
+"""Reading a volume in this process, mounted or not: keys from the agent, the cipher directory straight from disk.
+
+The composition root of `check` and `export`. Like the daemon it holds DEKs and plaintext, and no KEK.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from cryptfs import paths
+from cryptfs.cli import mounts, passphrase
+from cryptfs.errors import CryptfsError, VolumeBusy
+from cryptfs.keys.agent_client import AgentClient, open_agent
+from cryptfs.keys.cache import KeyCache, KitBytes, UnwrapItem
+from cryptfs.keys.clock import SystemClock
+from cryptfs.keys.policy import CachePolicy
+from cryptfs.ops.info import read_volume_file
+from cryptfs.ops.init import config_of
+from cryptfs.ops.offline import Access, Settle
+from cryptfs.ports import Store
+from cryptfs.store.local import LocalStore
+
+T = TypeVar("T")
+
+MAX_ENTRIES = 32_768
+"""Keys held at a time: enough for what is under way; nothing is read twice."""
+SETTLE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A volume whose key is at hand. `settle` is there if a daemon of this user has it mounted."""
+
+    access: Access
+    settle: Settle | None
+
+
+Work = Callable[[Reached], Awaitable[T]]
+
+
+def with_volume(cipher_dir: Path, sources: passphrase.Sources, work: Work[T], *, exclusive: bool) -> T:
+    """Run `work` on the volume in `cipher_dir`, unlocking it for as long as that takes if it is locked.
+
+    Raises `NotAVolume`, `VolumeDamaged`, `WrongSecret`, `AgentUnavailable`, `VolumeBusy` (if `exclusive`: it is
+    mounted), and what `work` raises.
+    """
+    from cryptfs.cli import key_agent
+    from cryptfs.cli.unlock import unlock_volume
+
+    cipher_dir = Path(os.path.realpath(cipher_dir))
+    volume_file = read_volume_file(cipher_dir)
+    volume_id = config_of(volume_file).volume_id
+    daemon = mounts.daemon_of_volume(cipher_dir)
+    if daemon is not None and mounts.mount_at(daemon.mountpoint) is None and mounts.is_leaving(daemon):
+        daemon = None
+    if daemon is not None and exclusive:
+        raise VolumeBusy(f"the volume is mounted on {daemon.mountpoint}")
+    unlocked_here = unlock_volume(cipher_dir, sources)
+
+    async def run() -> T:
+        async with _reached(cipher_dir, volume_file, daemon, keep=not unlocked_here, exclusive=exclusive) as reached:
+            return await work(reached)
+
+    try:
+        return trio.run(run, restrict_keyboard_interrupt_to_checkpoints=True)
+    finally:
+        if unlocked_here:
+            with suppress(CryptfsError):
+                key_agent.lock(volume_id)
+
+
+@asynccontextmanager
+async def _reached(
+    cipher_dir: Path, volume_file: bytes, daemon: mounts.Daemon | None, *, keep: bool, exclusive: bool
+) -> AsyncIterator[Reached]:
+    config = config_of(volume_file)
+    clock = SystemClock()
+    async with open_agent(paths.agent_socket()) as client:
+        attached = await _attach(client, cipher_dir, volume_file, exclusive=exclusive)
+        if attached and daemon is not None:
+            # Its daemon has lost sight of the agent, and must find its place free when it comes back.
+            await client.detach(config.volume_id, keep=True)
+            attached = False
+        keys = KeyCache(_Upstream(client, config.volume_id), CachePolicy(max_entries=MAX_ENTRIES), clock)
+
+        def make_store() -> Store:
+            return LocalStore(cipher_dir)
+
+        def close_store(store: Store) -> None:
+            assert isinstance(store, LocalStore)
+            store.close_store()
+
+        access = Access(config, make_store, close_store, keys, clock, os.urandom)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keys.serve)
+                yield Reached(access, _settle_through(daemon.mountpoint) if daemon is not None else None)
+                nursery.cancel_scope.cancel()
+        finally:
+            keys.wipe()
+            if attached:
+                with trio.CancelScope(shield=True), suppress(CryptfsError):
+                    await client.detach(config.volume_id, keep=keep)
+
+
+async def _attach(client: AgentClient, cipher_dir: Path, volume_file: bytes, *, exclusive: bool) -> bool:
+    """Stand for the volume's daemon, so that nobody mounts it meanwhile; whether that came about.
+
+    The agent checks the `volume` file's MAC first, also where it then refuses because a daemon is attached.
+    """
+    volume_id = config_of(volume_file).volume_id
+    try:
+        await client.attach(volume_id=volume_id, cipher_dir=str(cipher_dir), mountpoint="", volume=volume_file)
+    except VolumeBusy:
+        if exclusive:
+            raise
+        return False
+    return True
+
+
+def _settle_through(mountpoint: Path) -> Settle:
+    top = os.fsencode(mountpoint)
+
+    def sync(path: bytes) -> None:
+        with suppress(OSError):
+            fd = os.open(top + path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    async def settle(path: bytes) -> None:
+        with trio.move_on_after(SETTLE_S):
+            await trio.to_thread.run_sync(sync, path, abandon_on_cancel=True)
+
+    return settle
+
+
+class _Upstream:
+    """The agent, for one volume."""
+
+    def __init__(self, client: AgentClient, volume_id: bytes) -> None:
+        self._client = client
+        self._volume_id = volume_id
+
+    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]:
+        return await self._client.unwrap(self._volume_id, items)
+
+    async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
+        return await self._client.generate(self._volume_id, log_id, purpose, count)
+
+    async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
+        return await self._client.kits(self._volume_id, directory=directory, count=count, deks=deks)
