@@ -17,7 +17,7 @@ from cryptfs.types import Purpose
 
 
 async def rebuild_directory(ctx: FsContext, ino: int, fd: int, dir_id: bytes) -> None:
-    """An empty log for the directory behind `fd` (closed afterwards), under the id its parent gives it.
+    """An empty log for the directory behind `fd`, which stays open, under the id its parent gives it.
 
     Raises `Damaged` if there is more than a log that never was.
     """
@@ -37,7 +37,7 @@ async def rebuild_directory(ctx: FsContext, ino: int, fd: int, dir_id: bytes) ->
     kit = await kit_for(ctx, dir_id)
     if found:
         store.unlink(fd, DIR_LOG)
-    DirNode.create(ctx, fd, kit).close()
+    DirNode.create(ctx, fd, kit).close_log()
 
 
 async def kit_for(ctx: FsContext, dir_id: bytes) -> Kit:
