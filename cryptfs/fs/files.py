@@ -199,9 +199,16 @@ class Files:
                     self.ctx.store.close(fd)
                     raise Damaged("exchanged", "another file lies under this name")
                 file = self._node(inode, fd, writable=writable)
-        if writing and not file.state.writable:
-            raise OSError(errno.EROFS if self.ctx.read_only else errno.EACCES, "not writable below")
         file.opens += 1
+        try:
+            if writing and not file.state.writable:
+                raise OSError(errno.EROFS if self.ctx.read_only else errno.EACCES, "not writable below")
+            if not file.journal.loaded and self.ctx.store.fstat(file.state.data_fd).st_size <= HEADER_BYTES:
+                # The kernel reads nothing from a file it takes for empty: one that was cut to that is found out here.
+                await file.journal.load()
+        except BaseException:
+            await self.release(inode)
+            raise
         return file
 
     def _open_data(self, dir_fd: int, name: bytes) -> tuple[int, bool]:

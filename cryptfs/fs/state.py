@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cryptfs.blocks.extents import HOME_DATA, HOME_TWIN, ExtentMap
+from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.locks import SharedLock
@@ -54,9 +55,10 @@ class FileState:
         return offset + HEADER_BYTES if home == HOME_DATA else offset
 
     def home_fd(self, home: int) -> int:
-        """The descriptor of a home that exists."""
+        """The descriptor of a home that a record names. Raises `Damaged` if the twin is missing."""
         if home == HOME_TWIN:
-            assert self.twin_fd is not None
+            if self.twin_fd is None:
+                raise Damaged("missing-twin")
             return self.twin_fd
         return self.data_fd
 

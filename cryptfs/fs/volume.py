@@ -6,7 +6,7 @@ import os
 
 import trio
 
-from cryptfs.errors import CryptfsError, VolumeBusy
+from cryptfs.errors import CryptfsError, VolumeBusy, VolumeDamaged
 from cryptfs.fs.context import FsContext, VolumeConfig, log
 from cryptfs.fs.epoch import read_state, write_state
 from cryptfs.fs.files import Files
@@ -115,6 +115,7 @@ async def open_volume(
     try:
         volume_key = bytes(await ctx.volume_key())
         state = read_state(store, config.volume_id, volume_key)
+        _open_directories(ctx)
         if read_only:
             # Nothing is written, so no epoch begins; forgiveness is decided as if one had.
             ctx.state = state.next_epoch()
@@ -125,13 +126,19 @@ async def open_volume(
             await ctx.in_thread(_empty_tmp, ctx)
         if not state.clean:
             log.warning("the volume was not left clean; what a crash left is settled as it is used")
-        for first in range(256):
-            # Opened here, on the loop, so that no thread ever adds to the table of descriptors.
-            ctx.sidecar_dir(bytes([first]))
     except BaseException:
         ctx.close()
         raise
     return Volume(ctx)
+
+
+def _open_directories(ctx: FsContext) -> None:
+    """Open them once, on the loop, so that no thread ever adds to the table of descriptors. Raises `VolumeDamaged`."""
+    for path in (b"tree",), (b"tmp",), *((b"sidecars", b"%02x" % first) for first in range(256)):
+        try:
+            ctx.dir_fd(*path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise VolumeDamaged(f"the volume's directory `{b'/'.join(path).decode()}` is missing") from None
 
 
 def _empty_tmp(ctx: FsContext) -> None:

@@ -295,11 +295,16 @@ def _counted(attr: Attr) -> EntryAttributes:
 
 
 def _listed(attr: Attr | None) -> EntryAttributes:
-    """For readdir; a damaged entry is listed without attributes, so that whoever asks for it is told EIO."""
+    """For readdir; a damaged entry is listed without attributes, so that whoever asks for it is told EIO.
+
+    readdir(3) skips entries of number 0, and the kernel ignores (and forgets, which we ignore) attributes that say they
+    are the root's.
+    """
     if attr is not None:
         return _entry(attr)
     out = EntryAttributes()
-    out.st_ino = pyfuse3.InodeT(0)
+    out.st_ino = pyfuse3.ROOT_INODE
+    out.st_mode = pyfuse3.ModeT(0)
     return out
 
 
