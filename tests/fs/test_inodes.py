@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -98,14 +99,16 @@ async def test_what_was_damaged_is_forgotten_too(local_tree: Tree) -> None:
     await tree.mkdir(b"dir")
     await tree.symlink(b"target", b"link")
     await tree.remount()
-    top = tree.store.open(tree.store.root(), b"tree", os.O_RDONLY)
-    for name in tree.store.listdir(top):
-        if os.path.islink(f"/proc/self/fd/{top}/{os.fsdecode(name)}"):
-            tree.store.unlink(top, name)
-            tree.store.symlink(b"x" * 24, top, name)
-        elif not name.startswith(b".") and not os.path.isdir(f"/proc/self/fd/{top}/{os.fsdecode(name)}"):
-            os.truncate(f"/proc/self/fd/{top}/{os.fsdecode(name)}", 0)
-    tree.store.close(top)
+    store = tree.store
+    top = store.open(store.root(), b"tree", os.O_RDONLY)
+    for name in store.listdir(top):
+        mode = store.lstat(top, name).st_mode
+        if stat.S_ISLNK(mode):
+            store.unlink(top, name)
+            store.symlink(b"x" * 24, top, name)
+        elif stat.S_ISREG(mode) and not name.startswith(b"."):
+            store.close(store.open(top, name, os.O_WRONLY | os.O_TRUNC))
+    store.close(top)
     assert await damage_of(tree.lookup(b"file")) == "data-header"
     assert await damage_of(tree.lookup(b"link")) in {"symlink", "id-mismatch"}
     assert sorted(await tree.names()) == [b"dir", b"file", b"link"]

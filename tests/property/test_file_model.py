@@ -1,10 +1,15 @@
-"""One file, through the whole of `fs`, against a bytearray: whatever is done to it, it holds what was written."""
+"""One file, through the whole of `fs`, against a bytearray: whatever is done to it, it holds what was written.
+
+And after a power cut at any moment, what it held at some moment since the last `fsync`.
+"""
 
 from __future__ import annotations
 
+import logging
+import random
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -48,8 +53,10 @@ def offsets(block_size: int) -> st.SearchStrategy[int]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _logs_are_compacted_early() -> object:
+def _logs_are_compacted_early() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
+        # A crash is no news here.
+        patch.setattr(logging.getLogger("cryptfs"), "level", logging.ERROR)
         patch.setattr(journal, "_COMPACT_MIN_BYTES", 1024)
         patch.setattr(directory, "_COMPACT_MIN_BYTES", 1024)
         yield
@@ -69,6 +76,9 @@ class FileMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.model = bytearray()
+        self.since_sync: list[bytes] = []
+        """What a power cut may leave: every content since the last `fsync`."""
+        self.synced = False
         self.policy = POLICIES["usual"]
         self.fill = 0
         self.opened = 0
@@ -115,6 +125,7 @@ class FileMachine(RuleBasedStateMachine):
         attr.inode.lookups += 1
         self.inode = attr.inode
         self.opened = 1
+        self.since_sync.append(b"")
 
     # what programs do --------------------------------------------------------------------------------------------
 
@@ -143,6 +154,7 @@ class FileMachine(RuleBasedStateMachine):
         if len(self.model) < offset:
             self.model.extend(bytes(offset - len(self.model)))
         self.model[offset : offset + len(data)] = data
+        self.since_sync.append(bytes(self.model))
 
     @rule(where=st.data())
     def truncate(self, where: st.DataObject) -> None:
@@ -150,6 +162,7 @@ class FileMachine(RuleBasedStateMachine):
         self.run(self.file.truncate, size)
         del self.model[size:]
         self.model.extend(bytes(size - len(self.model)))
+        self.since_sync.append(bytes(self.model))
 
     @rule(where=st.data(), count=st.integers(1, 50000))
     def read(self, where: st.DataObject, count: int) -> None:
@@ -167,6 +180,11 @@ class FileMachine(RuleBasedStateMachine):
             await self.file.journal.fsync(data_only=data_only)
 
         self.run(sync)
+        self.is_synced()
+
+    def is_synced(self) -> None:
+        self.since_sync = [bytes(self.model)]
+        self.synced = True
 
     # what happens besides ----------------------------------------------------------------------------------------
 
@@ -201,6 +219,7 @@ class FileMachine(RuleBasedStateMachine):
             await self.file.journal.compact()
 
         self.run(compact)
+        self.is_synced()
 
     @rule(seconds=st.sampled_from((1, 30, 61)))
     def let_time_pass(self, seconds: int) -> None:
@@ -217,6 +236,31 @@ class FileMachine(RuleBasedStateMachine):
         self.run(self._close)
         self.check_what_lies_on_disk()
         self.run(self._open)
+        self.is_synced()
+
+    @precondition(lambda self: not self.local)
+    @rule(rng=st.randoms(use_true_random=False))
+    def what_a_power_cut_would_leave(self, rng: random.Random) -> None:
+        assert isinstance(self.store, MemoryStore)
+        for survivor in [self.store.killed(), *self.store.crash_states(rng, 3)]:
+            self.run(self._check_survivor, survivor)
+            survivor.close_store()
+
+    async def _check_survivor(self, store: MemoryStore) -> None:
+        volume = await self.sample.open(store)
+        try:
+            attr = await volume.names.lookup(volume.root, NAME)
+        except FileNotFoundError:
+            assert not self.synced
+        else:
+            attr.inode.lookups += 1
+            file = await volume.files.open(attr.inode)
+            content = bytes(await file.read(0, SIZE_MAX * 2))
+            assert content in self.since_sync
+            assert attr.size == len(content)
+            await file.write(1, b"life goes on")
+            await volume.files.release(attr.inode)
+        assert await volume.close()
 
     # what must hold ----------------------------------------------------------------------------------------------
 
