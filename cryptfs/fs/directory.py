@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
 from cryptfs.crypto.siv import NameCipher
-from cryptfs.errors import Damaged
+from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
 from cryptfs.format.log import DELTA, KIND_DIR, Head, LogHeader
 from cryptfs.fs.context import FsContext
@@ -124,6 +125,14 @@ class DirNode:
             self._flush(log_key)
         except OSError:
             return
+
+    async def take_back(self, entries: Iterable[Entry] = (), gone: Iterable[bytes] = ()) -> None:
+        """As `revert`, for whoever has awaited since the frame: things are as before at once, also without keys."""
+        payload = DirPayload(tuple(entries), tuple(gone))
+        self._hold(payload)
+        self._pending.append(payload)
+        with suppress(OSError, CryptfsError):
+            await self.flush()
 
     def _flush(self, log_key: memoryview) -> None:
         while self._pending:

@@ -80,8 +80,7 @@ class Files:
             node = self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)
             st = self.ctx.store.fstat(node.fd)
             return Attr(inode, st, st.st_size)
-        parent, name = inode.place()
-        node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
+        node, name = await self.inodes.where(inode)
         st = self.ctx.store.lstat(node.fd, name)
         if st.st_ino != inode.ino:
             raise Damaged("exchanged", "another file lies under this name")
@@ -128,8 +127,8 @@ class Files:
         elif inode.kind == Kind.DIR:
             where, name = (await self.inodes.dir(inode)).fd, b""
         else:
-            parent, name = inode.place()
-            where = (await self.inodes.dir(parent)).fd
+            node, name = await self.inodes.where(inode)
+            where = node.fd
         if want.uid is not None or want.gid is not None:
             self._chown(where, name, -1 if want.uid is None else want.uid, -1 if want.gid is None else want.gid)
         if want.mode is not None:
@@ -189,8 +188,7 @@ class Files:
         """
         file = inode.file
         if file is None:
-            parent, name = inode.place()
-            node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
+            node, name = await self.inodes.where(inode)
             file = inode.file
             if file is None:
                 fd, writable = self._open_data(node.fd, name)
@@ -313,6 +311,7 @@ class Files:
     async def sync_dirs(self, inode: Inode) -> None:
         """Make a directory durable, and those above it as far as they are new. Raises OSError."""
         here: Inode | None = inode
+        done: list[bytes] = []
         while here is not None:
             node = await self.inodes.dir(here)
             node.pins += 1
@@ -321,9 +320,10 @@ class Files:
                 await self._sync_targets(node)
             finally:
                 node.pins -= 1
-            was_new = here.log_id in self.new_ids
-            self.new_ids.discard(here.log_id)
-            here = here.paths[-1][0] if was_new and here.paths else None
+            done.append(here.log_id)
+            here = here.paths[-1][0] if here.log_id in self.new_ids and here.paths else None
+        # Only now: whoever finds one of them durable goes no further up.
+        self.new_ids.difference_update(done)
 
     async def _sync_targets(self, node: DirNode) -> None:
         """Sidecars of new symlinks in a directory: their targets are part of the entry."""

@@ -11,6 +11,9 @@ import errno
 import os
 from collections import OrderedDict
 
+import trio
+
+from cryptfs.errors import Damaged
 from cryptfs.fs.context import FsContext, log
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
@@ -79,6 +82,7 @@ class InodeTable:
         self.ctx = ctx
         self._inodes: dict[int, Inode] = {}
         self._dirs: OrderedDict[int, DirNode] = OrderedDict()
+        self._opening: dict[int, trio.Event] = {}
         self._generation = 0
         self.open_ids: set[bytes] = set()
         self.root = Inode(ROOT_INO, Kind.DIR, ctx.config.root_dir_id, 0)
@@ -104,18 +108,20 @@ class InodeTable:
         return log_id in self.open_ids
 
     def meet(self, ino: int, kind: Kind, log_id: bytes, parent: Inode, name: bytes) -> Inode:
-        """The inode for an entry just found or made. A number used again for another object gets a new generation."""
+        """The inode for an entry just found or made. A number used again for another object gets a new generation.
+
+        Raises `Damaged` if the object of that number is open under another id.
+        """
         inode = self._inodes.get(ino)
         if inode is None or inode.log_id != log_id or inode.kind != kind:
             self._generation += 1
             fresh = Inode(ino, kind, log_id, self._generation)
             if inode is not None:
+                if inode.file is not None or ino in self._dirs:
+                    raise Damaged("exchanged", "what lies there is open under another id")
                 # The number was freed below and given out again; the kernel counts its references by number.
                 fresh.lookups = inode.lookups
                 self._unlink_all(inode)
-                stale = self._dirs.pop(ino, None)
-                if stale is not None:
-                    stale.close()
             inode = self._inodes[ino] = fresh
         inode.add_path(parent, name)
         return inode
@@ -163,44 +169,55 @@ class InodeTable:
             self._dirs.move_to_end(inode.ino)
         return node
 
+    async def where(self, inode: Inode) -> tuple[DirNode, bytes]:
+        """Directory and name in `tree/` of an inode, true until the caller's next await. Raises ESTALE and as `dir`."""
+        while True:
+            parent, name = place = inode.place()
+            node = self.dir_nowait(parent) or await self.dir(parent)
+            if inode.paths and inode.place() == place:
+                return node, name
+
     async def dir(self, inode: Inode) -> DirNode:
         """The directory behind an inode, opened and verified. Raises ENOTDIR, ESTALE, `Damaged`, key errors.
 
         Whoever awaits anything while using it pins it.
         """
         node = self.dir_nowait(inode)
+        while node is None and inode.ino in self._opening:
+            # Never two at once: after a crash each would settle the directory, with a frame at the same place.
+            await self._opening[inode.ino].wait()
+            node = self.dir_nowait(inode)
         if node is not None:
             return node
         if inode.kind != Kind.DIR:
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        flags = os.O_RDONLY | os.O_DIRECTORY
-        if inode is self.root:
-            fd = self.ctx.store.open(self.ctx.store.root(), b"tree", flags)
-        else:
-            parent, name = inode.place()
-            above = await self.dir(parent)
-            fd = self.ctx.store.open(above.fd, name, flags)
+        done = self._opening[inode.ino] = trio.Event()
         try:
-            node = await self._open_dir(inode, fd)
-        except BaseException:
-            self.ctx.store.close(fd)
-            raise
-        other = self._dirs.get(inode.ino)
-        if other is not None:
-            # Opened by someone else while this task waited for the keys.
-            node.close()
-            return other
+            node = await self._open_dir(inode)
+        finally:
+            del self._opening[inode.ino]
+            done.set()
         self._dirs[inode.ino] = node
         self._trim(node)
         return node
 
-    async def _open_dir(self, inode: Inode, fd: int) -> DirNode:
-        node = await DirNode.open(self.ctx, inode.ino, fd, inode.log_id)
+    async def _open_dir(self, inode: Inode) -> DirNode:
+        store, flags = self.ctx.store, os.O_RDONLY | os.O_DIRECTORY
+        if inode is self.root:
+            fd = store.open(store.root(), b"tree", flags)
+        else:
+            above, name = await self.where(inode)
+            fd = store.open(above.fd, name, flags)
         try:
-            if node.needs_reconciling:
-                await reconcile(node)
+            node = await DirNode.open(self.ctx, inode.ino, fd, inode.log_id)
+            try:
+                if node.needs_reconciling:
+                    await reconcile(node)
+            except BaseException:
+                node.close_log()
+                raise
         except BaseException:
-            node.close_log()
+            store.close(fd)
             raise
         return node
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cryptfs.errors import Damaged
@@ -60,29 +60,31 @@ class Namespace:
         """The entry of that name. Raises ENOENT, `Damaged`, key errors."""
         _check_name(name)
         node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
-        names = node.names_nowait() or (await node.keys()).names
-        entry = node.entries.get(names.seal(name))
-        if entry is None:
-            raise os_error(errno.ENOENT)
-        return await self._look(parent, node, entry)
-
-    async def _look(self, parent: Inode, node: DirNode, entry: Entry) -> Attr:
-        name = tree_name(entry.sealed)
+        node.pins += 1
         try:
-            st = self.ctx.store.lstat(node.fd, name)
-        except FileNotFoundError:
-            if node.lock.idle:
-                raise Damaged("missing", "an entry that .dir names is not in the tree") from None
-            # A change that had to sync first is under way: look again when it is done.
-            await node.lock.acquire_shared()
-            node.lock.release_shared()
-            if entry.sealed not in node.entries:
-                raise os_error(errno.ENOENT) from None
-            st = self.ctx.store.lstat(node.fd, name)
-        if kind_of(st) != entry.kind or (entry.rdev and entry.rdev != st.st_rdev):
-            raise Damaged("exchanged", "an entry is of another kind than .dir says")
-        inode = self.inodes.meet(st.st_ino, entry.kind, entry.log_id, parent, name)
-        inode.last_st = None
+            names = node.names_nowait() or (await node.keys()).names
+            entry = node.entries.get(names.seal(name))
+            if entry is None:
+                raise os_error(errno.ENOENT)
+            return await self._look(parent, node, entry)
+        finally:
+            node.pins -= 1
+
+    async def _look(self, parent: Inode, node: DirNode, entry: Entry, *, locked: bool = False) -> Attr:
+        """The entry's attributes, the directory being pinned. `locked`: the caller holds its lock."""
+        try:
+            inode, st = self._met(parent, node, entry)
+        except Damaged:
+            if locked or node.lock.idle:
+                raise
+            # A change that had to sync between frame and tree is under way: look again when it is done.
+            async with node.lock.shared():
+                now = node.entries.get(entry.sealed)
+                if now is None:
+                    raise os_error(errno.ENOENT) from None
+                entry = now
+                inode, st = self._met(parent, node, entry)
+        name = tree_name(entry.sealed)
         # Held meanwhile: finding the attributes out may open and release the file, and nobody else may know it yet.
         inode.lookups += 1
         try:
@@ -93,6 +95,19 @@ class Namespace:
             raise
         inode.lookups -= 1
         return attr
+
+    def _met(self, parent: Inode, node: DirNode, entry: Entry) -> tuple[Inode, os.stat_result]:
+        """The inode behind an entry. Raises `Damaged` if log and tree are of two minds about it."""
+        name = tree_name(entry.sealed)
+        try:
+            st = self.ctx.store.lstat(node.fd, name)
+        except FileNotFoundError:
+            raise Damaged("missing", "an entry that .dir names is not in the tree") from None
+        if kind_of(st) != entry.kind or (entry.rdev and entry.rdev != st.st_rdev):
+            raise Damaged("exchanged", "an entry is of another kind than .dir says")
+        inode = self.inodes.meet(st.st_ino, entry.kind, entry.log_id, parent, name)
+        inode.last_st = None
+        return inode, st
 
     async def listing(self, inode: Inode) -> list[Entry]:
         """The directory's entries now, in a stable order: what one pass of readdir walks over."""
@@ -154,7 +169,8 @@ class Namespace:
             except BaseException:
                 if fd >= 0:
                     store.close(fd)
-                    store.unlink(node.fd, below)
+                    with suppress(OSError):
+                        store.unlink(node.fd, below)
                 node.revert(keys.log_key, gone=[sealed])
                 raise
             self.files.new_ids.add(kit.log_id)
@@ -281,7 +297,8 @@ class Namespace:
             st = store.lstat(node.fd, below)
         except BaseException:
             if made:
-                store.unlink(node.fd, below)
+                with suppress(OSError):
+                    store.unlink(node.fd, below)
             node.revert(keys.log_key, gone=[sealed])
             raise
         inode = self.inodes.meet(st.st_ino, kind, log_id, parent, below)
@@ -299,20 +316,20 @@ class Namespace:
             source = await self.inodes.dir(above)
             source.pins += 1
             try:
-                await self._before_entering(node, inode.log_id)
+                await self._before_entering(node, source, inode.log_id)
                 keys = await node.keys()
                 sealed = self._free_name(node, keys.names.seal(name))
                 below = tree_name(sealed)
                 old = next((e for e in source.entries.values() if tree_name(e.sealed) == below_old), None) \
                     if inode.kind in (Kind.CHAR, Kind.BLOCK) else None  # fmt: skip
                 node.apply(keys.log_key, [Entry(sealed, inode.kind, inode.log_id, old.rdev if old else 0)])
-                await self._sync_arrival(node, sealed, inode.log_id)
                 try:
+                    await self._sync_arrival(node, sealed, inode.log_id)
                     # It may have been renamed meanwhile, and another file may lie under its old name.
-                    source_now, below_now = await self._where(inode)
+                    source_now, below_now = await self.inodes.where(inode)
                     self.ctx.store.link(source_now.fd, below_now, node.fd, below)
                 except BaseException:
-                    node.revert((await node.keys()).log_key, gone=[sealed])
+                    await node.take_back(gone=[sealed])
                     raise
             finally:
                 source.pins -= 1
@@ -353,22 +370,23 @@ class Namespace:
             if entry.kind != Kind.DIR:
                 raise os_error(errno.ENOTDIR)
             inode, child = await self._child(parent, node, entry)
-            await child.lock.acquire_exclusive()
-            try:
-                if child.entries:
-                    raise os_error(errno.ENOTEMPTY)
-                keys = await node.keys()
-                node.apply(keys.log_key, gone=[entry.sealed])
-                try:
-                    self._to_tmp(node, tree_name(entry.sealed), child)
-                except BaseException:
-                    node.revert(keys.log_key, [entry])
-                    raise
-                self._dir_gone(parent, tree_name(entry.sealed), inode, child)
-            finally:
-                child.lock.release_exclusive()
+            with _pinned(child):
+                async with child.lock.exclusive():
+                    await self._rmdir(parent, node, entry, inode, child)
         finally:
             self._changed(node)
+
+    async def _rmdir(self, parent: Inode, node: DirNode, entry: Entry, inode: Inode, child: DirNode) -> None:
+        if child.entries:
+            raise os_error(errno.ENOTEMPTY)
+        keys = await node.keys()
+        node.apply(keys.log_key, gone=[entry.sealed])
+        try:
+            self._to_tmp(node, tree_name(entry.sealed), child)
+        except BaseException:
+            node.revert(keys.log_key, [entry])
+            raise
+        self._dir_gone(parent, tree_name(entry.sealed), inode, child)
 
     # renaming --------------------------------------------------------------------------------------------------
 
@@ -388,12 +406,13 @@ class Namespace:
             if flags == RENAME_EXCHANGE:
                 if dst is None:
                     raise os_error(errno.ENOENT)
-                await self._before_entering(source, dst.log_id)
-            await self._before_entering(target, src.log_id)
+                await self._before_entering(source, target, dst.log_id)
+            await self._before_entering(target, source, src.log_id)
             replaced: tuple[Inode, DirNode] | None = None
             if dst is not None and flags != RENAME_EXCHANGE:
                 replaced = await self._may_replace(new, target, src, dst)
-            await self._rename(old, new, source, target, src, dst, dst_sealed, flags, replaced)
+            with _pinned(replaced[1] if replaced is not None else target):
+                await self._rename(old, new, source, target, src, dst, dst_sealed, flags, replaced)
         finally:
             self._changed(source)
             if target is not source:
@@ -424,13 +443,13 @@ class Namespace:
         src_st = store.lstat(source.fd, src_below)
         if dst_st is not None and dst_st.st_ino == src_st.st_ino and src.kind != Kind.DIR:
             return  # Two names of one file: rename(2) does nothing.
-        await self._log_rename(source, target, src, moved, back)
-        await self._sync_arrival(target, dst_sealed, src.log_id)
-        if back is not None and dst is not None:
-            await self._sync_arrival(source, src.sealed, dst.log_id)
         if dst_st is not None and back is None and replaced is None:
             self._keep_number(target, dst_below, dst_st)
+        await self._log_rename(source, target, src, moved, back, dst)
         try:
+            await self._sync_arrival(target, dst_sealed, src.log_id)
+            if back is not None and dst is not None:
+                await self._sync_arrival(source, src.sealed, dst.log_id)
             # A directory below is never empty, because of its log: exchange the two, then take the old one away.
             tree_flags = RENAME_EXCHANGE if replaced is not None else flags
             store.rename(source.fd, src_below, target.fd, dst_below, tree_flags)
@@ -446,34 +465,35 @@ class Namespace:
         if back is not None and dst_st is not None:
             self._moved(dst_st.st_ino, back.log_id, new, dst_below, old, src_below)
 
-    async def _log_rename(self, source: DirNode, target: DirNode, src: Entry, moved: Entry, back: Entry | None) -> None:
+    async def _log_rename(
+        self, source: DirNode, target: DirNode, src: Entry, moved: Entry, back: Entry | None, dst: Entry | None
+    ) -> None:
         """The frames of a rename: one if it stays in its directory, else the target's first."""
-        # Both keys are fetched before either log is written.
-        await target.keys()
-        source_keys = await source.keys()
         if source is target:
+            key = (await source.keys()).log_key
             if back is not None:
-                source.apply(source_keys.log_key, [moved, back])
+                source.apply(key, [moved, back])
             else:
-                source.apply(source_keys.log_key, [moved], [src.sealed])
+                source.apply(key, [moved], [src.sealed])
             return
-        target.apply((await target.keys()).log_key, [moved])
-        source_key = (await source.keys()).log_key
+        # Together, so that nothing is awaited between the two frames.
+        (target_key,), (source_key,) = await self.ctx.keys.unwrap([target.key_runs()[0], source.key_runs()[0]])
+        target.apply(target_key, [moved])
         try:
             source.apply(source_key, [back] if back is not None else [], [] if back is not None else [src.sealed])
         except OSError:
-            target.revert((await target.keys()).log_key, [], [moved.sealed])
+            target.revert(target_key, [dst] if dst else [], [] if dst else [moved.sealed])
             raise
 
     async def _unlog_rename(
         self, source: DirNode, target: DirNode, src: Entry, moved: Entry, dst: Entry | None
     ) -> None:
+        gone = [] if dst else [moved.sealed]
         if source is not target:
-            target.revert((await target.keys()).log_key, [dst] if dst else [], [] if dst else [moved.sealed])
-            source.revert((await source.keys()).log_key, [src])
+            await source.take_back([src])
+            await target.take_back([dst] if dst else [], gone)
         else:
-            gone = [] if dst else [moved.sealed]
-            source.revert((await source.keys()).log_key, [src, dst] if dst else [src], gone)
+            await source.take_back([src, dst] if dst else [src], gone)
 
     def _moved(self, ino: int, log_id: bytes, old: Inode, src: bytes, new: Inode, dst: bytes) -> None:
         inode = self.inodes.find(ino)
@@ -533,23 +553,18 @@ class Namespace:
             raise os_error(errno.ENOENT)
         return entry
 
-    async def _where(self, inode: Inode) -> tuple[DirNode, bytes]:
-        """Directory and name in `tree/` of an inode, true until the caller's next await. Raises ESTALE."""
-        while True:
-            place = inode.place()
-            node = await self.inodes.dir(place[0])
-            if inode.paths and inode.place() == place:
-                return node, place[1]
-
     async def _child(self, parent: Inode, node: DirNode, entry: Entry) -> tuple[Inode, DirNode]:
-        attr = await self._look(parent, node, entry)
+        attr = await self._look(parent, node, entry, locked=True)
         return attr.inode, await self.inodes.dir(attr.inode)
 
-    async def _before_entering(self, target: DirNode, log_id: bytes) -> None:
-        """Something that may be acknowledged enters a directory that may not be durable: make it durable first."""
-        inode = self.inodes.get(target.ino)
-        if target.dir_id in self.files.new_ids and log_id not in self.files.new_ids:
-            await self.files.sync_dirs(inode)
+    async def _before_entering(self, target: DirNode, source: DirNode, log_id: bytes) -> None:
+        """Something that may be acknowledged enters a directory that may not be durable: make it durable first.
+
+        What is new itself was acknowledged all the same if the directory that it comes from was synced.
+        """
+        new = self.files.new_ids
+        if target.dir_id in new and (log_id not in new or source.dir_id not in new):
+            await self.files.sync_dirs(self.inodes.get(target.ino))
 
     async def _sync_arrival(self, node: DirNode, sealed: bytes, log_id: bytes) -> None:
         """Make the frame that binds a name durable before the call on the tree does.
@@ -640,6 +655,16 @@ def _without_links(st: os.stat_result) -> os.stat_result:
     fields = list(st)
     fields[stat.ST_NLINK] = 0
     return os.stat_result(fields, {name: getattr(st, name) for name in _STAT_EXTRAS})
+
+
+@contextmanager
+def _pinned(node: DirNode) -> Iterator[None]:
+    """Keep a directory's descriptors while something is awaited."""
+    node.pins += 1
+    try:
+        yield
+    finally:
+        node.pins -= 1
 
 
 def _check_name(name: bytes) -> None:

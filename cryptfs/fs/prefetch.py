@@ -51,7 +51,8 @@ class Prefetcher:
             writes = self.ctx.sidecar_writes
             found = await self.ctx.in_thread(self._read, ids)
             if writes == self.ctx.sidecar_writes:
-                self._sidecars.update(found)
+                # One that was opened meanwhile will be written by its own journal, which never asks here again.
+                self._sidecars.update((i, log) for i, log in found.items() if not self.inodes.is_open(i))
                 while len(self._sidecars) > _KEPT:
                     self._sidecars.popitem(last=False)
             for other in found.values():
