@@ -60,6 +60,10 @@ async def _place(ctx: FsContext, check: Check, wanted: list[Absent]) -> bool:
 
 
 def _move(ctx: FsContext, check: Check, stray: Stray, to: Spot) -> None:
+    if stray.spot == to:
+        # Brought here by an exchange already.
+        check.strays.remove(stray)
+        return
     src_fd = open_chain(ctx, stray.spot.above)
     try:
         dst_fd = open_chain(ctx, to.above)

@@ -148,9 +148,12 @@ class Repair:
         present = {finding.key: finding for finding in check.report.findings}
         if gone:
             for key, finding in list(self._findings.items()):
-                if key not in present and (finding.what is not What.BLOCKS or check.deep):
+                if key in present or (finding.what is What.BLOCKS and not check.deep):
+                    continue
+                del self._findings[key]
+                if finding.severity is not Severity.NOTICE:
                     finding.action = "put right"
-                    self._done.append(self._findings.pop(key))
+                    self._done.append(finding)
         for key, finding in present.items():
             if not finding.action:
                 self._findings[key] = finding

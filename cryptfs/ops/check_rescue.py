@@ -45,7 +45,7 @@ class Rescue:
             await _tried(stray.finding, self._stray, check, stray)
 
     async def _stray(self, check: Check, stray: Stray) -> None:
-        above = stray.path.rpartition(b"/")[0]
+        above = self.quarantine.original(stray.path.rpartition(b"/")[0])
         fd = open_chain(self.ctx, stray.spot.above)
         try:
             name = await self._take_in(check, fd, stray.spot.name, above, stray.name, stray.seen)
@@ -152,7 +152,7 @@ class Rescue:
         """Salvage, keep the ciphertext, drop the old names, and put what is whole back in its place."""
         assert finding.spot is not None
         names = check.names_of(finding)
-        above, _, name = finding.path.rpartition(b"/")
+        above, _, name = self.quarantine.original(finding.path).rpartition(b"/")
         fd = open_chain(self.ctx, finding.spot.above)
         try:
             data_fd = open_for_reading(self.ctx.store, fd, finding.spot.name)
@@ -235,7 +235,7 @@ class Rescue:
 
     async def _save_copy(self, finding: Finding, fd: int) -> None:
         assert finding.spot is not None
-        above, _, name = finding.path.rpartition(b"/")
+        above, _, name = self.quarantine.original(finding.path).rpartition(b"/")
         data_fd = open_for_reading(self.ctx.store, fd, finding.spot.name)
         try:
             st = self.ctx.store.fstat(data_fd)
@@ -280,9 +280,13 @@ class Rescue:
                     return
         finally:
             store.close(fd)
-        above, _, name = absent.path.rpartition(b"/")
+        above, _, name = self.quarantine.original(absent.path).rpartition(b"/")
         if entry.kind is Kind.FILE:
-            out = await salvage(self.volume, Source(-1, entry.log_id, None), self._place_in(above, name))
+            empty_fd = self._empty()
+            try:
+                out = await salvage(self.volume, Source(empty_fd, entry.log_id, None), self._place_in(above, name))
+            finally:
+                store.close(empty_fd)
             self.quarantine.keep_sidecar_aside(entry.log_id)
             finding.lost_bytes = out.lost_bytes
             finding.moved_to = self.quarantine.shown(above, out.name) if out.name else b""
@@ -295,6 +299,13 @@ class Rescue:
         )
 
     # pieces ----------------------------------------------------------------------------------------------------
+
+    def _empty(self) -> int:
+        """A descriptor of an empty file without a name, in place of a data file that is gone."""
+        store, tmp = self.ctx.store, self.ctx.dir_fd(b"tmp")
+        fd = store.open(tmp, b"empty", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        store.unlink(tmp, b"empty")
+        return fd
 
     def _place_in(self, path: bytes, name: bytes) -> Place:
         async def place() -> tuple[Inode, bytes]:

@@ -53,6 +53,10 @@ class Quarantine:
                 inode = known
         return inode
 
+    def original(self, path: bytes) -> bytes:
+        """The path something in this quarantine was found at; any other path as it is."""
+        return path[len(self.path) :] if self.path and (path + b"/").startswith(self.path + b"/") else path
+
     def shown(self, path: bytes, name: bytes) -> bytes:
         """Where something that was put in as (`path`, `name`) is seen in the mount."""
         return b"/".join([self.path, *[part for part in path.split(b"/") if part], name])

@@ -60,7 +60,7 @@ class Salvaged:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What there is of the file: its data file (-1: gone), id, and the attributes it is to get."""
+    """What there is of the file: its data file (an empty one if it is gone), id, the attributes it is to get."""
 
     data_fd: int
     file_id: bytes
