@@ -1,4 +1,4 @@
-"""A man in the middle between daemon and agent: counts requests by verb, and on demand answers one as no agent should."""
+"""Between daemon and agent: counts requests by verb, and on demand answers one as no agent should."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Self
 
 from cryptfs.format.agent_msg import RequestDecoder
 
@@ -29,7 +30,7 @@ class AgentProxy:
         self._threads: list[threading.Thread] = []
         self._connections: list[socket.socket] = []
 
-    def __enter__(self) -> AgentProxy:
+    def __enter__(self) -> Self:
         self._listener.bind(str(self.path))
         self._listener.listen()
         self._start(self._accept)
@@ -45,6 +46,11 @@ class AgentProxy:
     def unwraps(self) -> int:
         """Requests for keys in clear so far."""
         return self.requests["unwrap"]
+
+    @property
+    def has_misbehaved(self) -> bool:
+        """Whether `misbehave` was sent."""
+        return self.misbehave is None
 
     def _start(self, target: object, *args: object) -> None:
         assert callable(target)
