@@ -5,6 +5,7 @@ Ciphertext of the next piece is read on a thread and its keys come from the agen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ class BlockReader:
                 return self.bad
             send, receive = trio.open_memory_channel[_Piece](2)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._fetch_all, pieces, send)
+                nursery.start_soon(self._fetch_all, pieces, send, nursery)
                 await self._deal_with_all(receive, buffer)
                 nursery.cancel_scope.cancel()
         finally:
@@ -122,20 +123,27 @@ class BlockReader:
                 # Raised once the nursery is closed, which would wrap it.
                 self._failure = error
 
-    async def _fetch_all(self, pieces: list[tuple[Extent, int, int]], send: trio.MemorySendChannel[_Piece]) -> None:
+    async def _fetch_all(
+        self, pieces: list[tuple[Extent, int, int]], send: trio.MemorySendChannel[_Piece], nursery: trio.Nursery
+    ) -> None:
         async with send:
-            keyed = 0
-            for at, (extent, first, end) in enumerate(pieces):
-                if at >= keyed:
-                    try:
-                        keyed = await self._bring_keys(pieces, at)
-                    except CryptfsError as error:
-                        self._failure = error
-                        return
-                await send.send(await self._fetch(extent, first, end))
+            # Keys come one batch ahead of the pieces that need them.
+            at = 0
+            arrived, end = self._start_keys(pieces, 0, nursery)
+            while at < len(pieces):
+                await arrived.wait()
+                if self._failure is not None:
+                    return
+                upto = end
+                arrived, end = self._start_keys(pieces, upto, nursery)
+                for extent, first, stop in pieces[at:upto]:
+                    await send.send(await self._fetch(extent, first, stop))
+                at = upto
 
-    async def _bring_keys(self, pieces: list[tuple[Extent, int, int]], at: int) -> int:
-        """One request for the keys of pieces from `at` on; the index of the first it left out."""
+    def _start_keys(
+        self, pieces: list[tuple[Extent, int, int]], at: int, nursery: trio.Nursery
+    ) -> tuple[trio.Event, int]:
+        """Ask for the keys of pieces from `at` on: (set once they are here, the first piece it left out)."""
         runs: list[KeyRun] = []
         count = 0
         while at < len(pieces):
@@ -146,10 +154,18 @@ class BlockReader:
                 runs.append(self._keys_of(extent, first, end))
                 count += end - first
             at += 1
-        # If one does not unwrap, each piece asks for itself and finds out which.
-        with suppress(Damaged):
-            await self.ctx.keys.unwrap(runs)
-        return at
+        arrived = trio.Event()
+        nursery.start_soon(self._bring_keys, runs, arrived)
+        return arrived, at
+
+    async def _bring_keys(self, runs: list[KeyRun], arrived: trio.Event) -> None:
+        try:
+            # If one does not unwrap, each piece asks for itself and finds out which.
+            with suppress(Damaged):
+                await self.ctx.keys.unwrap(runs)
+        except CryptfsError as error:
+            self._failure = error
+        arrived.set()
 
     def _keys_of(self, extent: Extent, first: int, end: int) -> KeyRun:
         wraps = [extent.wrapped_of(block) for block in range(first, end)]
@@ -165,7 +181,7 @@ class BlockReader:
         targets = self.ctx.codec.targets(extent, first, end, slots)
         wanted, offset = sum(map(len, targets)), self.state.home_offset(extent.home, first)
         try:
-            got = await self.ctx.in_thread(self.ctx.store.preadv, self.state.home_fd(extent.home), targets, offset)
+            got = await self._pread(self.state.home_fd(extent.home), targets, offset, wanted)
         except OSError as error:
             self.ctx.give_slots(slots)
             return _Piece(extent, first, end, None, error.strerror or "unreadable")
@@ -173,6 +189,14 @@ class BlockReader:
             self.ctx.give_slots(slots)
             return _Piece(extent, first, end, None, "short")
         return _Piece(extent, first, end, slots)
+
+    async def _pread(self, fd: int, targets: list[memoryview], offset: int, wanted: int) -> int:
+        """At once if the kernel has all of it in memory, else from a thread."""
+        preadv = self.ctx.store.preadv
+        with suppress(OSError):
+            if preadv(fd, targets, offset, os.RWF_NOWAIT) == wanted:
+                return wanted
+        return await self.ctx.in_thread(preadv, fd, targets, offset)
 
     async def _deal_with(self, piece: _Piece, buffer: memoryview) -> None:
         slots, extent, first, end = piece.slots, piece.extent, piece.first, piece.end
