@@ -37,6 +37,9 @@ from cryptfs.ports import Store
 from cryptfs.types import Buffer
 
 
+_SPARSE_MIN_BYTES = 16 << 20
+
+
 @dataclass(slots=True)
 class Replay:
     """What a log holds. `payloads[i]` is None where frame i's head is intact and its payload is not.
@@ -83,9 +86,7 @@ def parse(raw: bytes) -> Replay:
         end = at + head.frame_bytes
         payload = view[at + HEAD_BYTES : end - FOOT_BYTES]
         intact = len(payload) == head.payload_len and sha256(payload) == head.payload_sha256
-        if not intact:
-            # It may run past the end of the file: torn, or cut.
-            end = min(end, len(raw))
+        # A payload that is torn or cut has its place all the same: what is written next goes behind it.
         out.heads.append(head)
         out.payloads.append(payload if intact else None)
         out.ends.append(end)
@@ -227,8 +228,15 @@ def vouched_in_tail(replayed: Replay, mac_key: Buffer) -> int:
 
 
 def read_log(store: Store, fd: int) -> bytes:
-    """A whole log's bytes. May block on a cold disk."""
-    size = store.fstat(fd).st_size
+    """A whole log's bytes. May block on a cold disk.
+
+    Raises `Damaged` for one that is mostly a hole: no writer makes such a log, and reading it would take its apparent
+    size in memory.
+    """
+    st = store.fstat(fd)
+    size = st.st_size
+    if size > _SPARSE_MIN_BYTES and st.st_blocks * 512 < size // 2:
+        raise Damaged("frame", f"a log of {size} bytes of which most are a hole")
     raw = store.pread(fd, size, 0)
     while len(raw) < size:
         more = store.pread(fd, size - len(raw), len(raw))
