@@ -134,6 +134,9 @@ class ExtentMap:
         self._extents.insert(at, extent)
         if extent.stage != DURABLE:
             self._unsettled.append(extent)
+            if len(self._unsettled) > 64 + 2 * len(self._extents):
+                # A file that is rewritten for hours and never synced must not remember every version.
+                self.unsettled()
 
     def fresh(self) -> list[Extent]:
         """Extents no frame names yet."""

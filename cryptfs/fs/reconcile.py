@@ -48,9 +48,10 @@ class Found:
     sidecar: bytes = b""
 
 
-def survey(ctx: FsContext, fd: int) -> dict[bytes, Found]:
-    """Everything in the directory but its log. Blocks."""
+def survey(ctx: FsContext, fd: int) -> tuple[dict[bytes, Found], set[bytes]]:
+    """Everything in the directory but its log; and the names of what is there and cannot be read. Blocks."""
     out: dict[bytes, Found] = {}
+    unread: set[bytes] = set()
     store = ctx.store
     for name in store.listdir(fd):
         if name.startswith(b"."):
@@ -65,7 +66,8 @@ def survey(ctx: FsContext, fd: int) -> dict[bytes, Found]:
             out[name] = Found(st, kind, proof, _sidecar_start(ctx, proof) if kind == Kind.SYMLINK else b"")
         except OSError as error:
             log.warning("directory entry %s cannot be read: %s", name.decode("ascii", "replace"), error.strerror)
-    return out
+            unread.add(name)
+    return out, unread
 
 
 def _proof(store: Store, fd: int, name: bytes, kind: Kind) -> bytes:
@@ -106,10 +108,11 @@ async def reconcile(node: DirNode) -> None:
     The caller is the only one to know of `node` yet.
     """
     ctx = node.ctx
-    tree = await ctx.in_thread(survey, ctx, node.fd)
+    tree, unread = await ctx.in_thread(survey, ctx, node.fd)
     judge = _Judge(node, bytes(await ctx.volume_key()), (await node.keys()).names)
     known = {tree_name(sealed): entry for sealed, entry in node.entries.items()}
-    gone = [entry.sealed for name, entry in known.items() if name not in tree]
+    # What may not be read (its mode says so) stays what the log says it is.
+    gone = [entry.sealed for name, entry in known.items() if name not in tree and name not in unread]
     changed: list[Entry] = []
     for name, found in tree.items():
         recorded = known.get(name)

@@ -53,8 +53,8 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *
             keep = least
         else:
             # Not one frame holds, and none was ever acknowledged: the file is as it was at its birth, empty.
-            ctx.store.close(fd)
             await restart_newborn(journal, data_size)
+            ctx.store.close(fd)  # Not before: if that failed, the caller closes it.
             return
     if keep <= least and (not has_header or data_size < HEADER_BYTES + size):
         # All of this was acknowledged, and a data file is never cut before its smaller size is.

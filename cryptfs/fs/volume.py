@@ -91,6 +91,10 @@ class Volume:
         good = await self.files.commit_all()
         good = await self.files.sync_all() and good
         await ctx.in_thread(store.syncfs, store.root())
+        for inode in self.inodes.with_files():
+            if inode.file is not None and inode.file.unlinked:
+                # Somebody still has it open, on a mount that was detached: it ends with us.
+                self.reaper.add_id(inode.log_id)
         await self.reaper.flush()
         if not good:
             return False

@@ -147,8 +147,8 @@ class KeyCache:
         """See `DekProvider.warm`."""
         if not self.policy.caching:
             return
-        known = self._slots.keys() | self._in_flight.keys()
-        wanted = [(run, [w for w in run.wrapped if w not in known]) for run in runs]
+        slots, flying = self._slots, self._in_flight
+        wanted = [(run, [w for w in run.wrapped if w not in slots and w not in flying]) for run in runs]
         with suppress(CryptfsError):
             await self._fetch([(run, wraps) for run, wraps in wanted if wraps][:_WARM_RUNS_MAX], strict=False)
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 from collections.abc import Callable
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
 
 from cryptfs.errors import AgentUnavailable
-from cryptfs.fs import directory, journal
+from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
+from cryptfs.fs import directory, journal, reconcile
+from cryptfs.fs.context import sidecar_name
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.namespace import RENAME_EXCHANGE
 from cryptfs.names import tree_name
-from cryptfs.ports import KeyRun
+from cryptfs.ports import FreshKeys, KeyRun, Store
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.keys import FakeDekProvider
+from cryptfs.types import Purpose
 from tests.fs.tree import Tree, damage_of, errno_of
 
 CONTENT = b"acknowledged " * 1000
@@ -87,11 +90,12 @@ async def test_a_directory_counts_as_durable_only_with_the_way_to_it(memory: Mem
     await tree.mkdir(b"d")
     root, d = tree.volume.root, await tree.inode(b"d")
     root_node, d_node = await tree.volume.inodes.dir(root), await tree.volume.inodes.dir(d)
-    gate, synced = trio.Event(), []
+    reached, gate, synced = trio.Event(), trio.Event(), []
     sync = DirNode.sync
 
     async def gated(node: DirNode) -> None:
         if node is root_node:
+            reached.set()
             await gate.wait()
         await sync(node)
         synced.append(node)
@@ -100,7 +104,7 @@ async def test_a_directory_counts_as_durable_only_with_the_way_to_it(memory: Mem
         patch.setattr(DirNode, "sync", gated)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tree.volume.files.sync_dirs, d)
-            await wait_all_tasks_blocked()
+            await reached.wait()
             assert synced == [d_node]
             assert d.log_id in tree.volume.files.new_ids
             gate.set()
@@ -176,6 +180,51 @@ async def test_loading_that_fails_again_and_again_keeps_no_descriptors(memory: M
     assert memory.open_descriptors() <= before + 1
     await tree.close(b"file")
     tree.kill()
+
+
+async def test_a_file_that_its_owner_may_not_read_stays_after_a_crash(memory: MemoryStore) -> None:
+    """chmod 000: the daemon cannot look into it, which does not make it gone."""
+    tree = await Tree.make(memory)
+    await tree.write(b"secret", CONTENT)
+    await tree.fsync(b"")
+    tree.kill()
+    read = reconcile._first_bytes
+
+    def refused(store: Store, fd: int, name: bytes, count: int) -> bytes:
+        if name != b".dir":
+            raise PermissionError(errno.EACCES, "refused")
+        return read(store, fd, name, count)
+
+    with Patch.context() as patch:
+        patch.setattr(reconcile, "_first_bytes", refused)
+        await tree.mount()
+        assert await tree.names() == [b"secret"]
+    assert await tree.read(b"secret") == CONTENT
+    await tree.finish()
+
+
+async def test_starting_a_file_anew_that_fails_closes_nothing_twice(memory: MemoryStore) -> None:
+    """The number may be another file's by then."""
+    tree = await Tree.make(memory)
+    await tree.write(b"file", CONTENT)
+    await tree.fsync(b"")
+    inode = await tree.inode(b"file")
+    fd = memory.open(tree.volume.ctx.sidecar_dir(inode.log_id), sidecar_name(inode.log_id), os.O_RDWR)
+    memory.ftruncate(fd, LOG_HEADER_BYTES)
+    memory.close(fd)
+    tree.kill()
+    await tree.mount()
+    keys = tree.volume.ctx.keys
+
+    async def gone(log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
+        raise AgentUnavailable("gone")
+
+    with Patch.context() as patch:
+        patch.setattr(keys, "generate", gone)
+        with pytest.raises(AgentUnavailable):
+            await tree.lookup(b"file")
+    assert await tree.read(b"file") == b""
+    await tree.finish()
 
 
 # names -----------------------------------------------------------------------------------------------------------
