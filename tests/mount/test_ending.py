@@ -99,7 +99,6 @@ def test_a_lazy_unmount_ends_with_the_last_file(mounted: Box) -> None:
         out.write(CONTENT)
         os.fsync(out.fileno())
         assert os.path.exists(f"/proc/{pid}")
-        assert "mounted already" in mounted.mount(code=14)
     finally:
         with ending(pid):
             out.close()
@@ -111,8 +110,8 @@ def test_a_lazy_unmount_ends_with_the_last_file(mounted: Box) -> None:
 def test_unmounting_while_it_is_busy_is_refused_and_harms_nothing(mounted: Box) -> None:
     with (mounted.clear / "file").open("wb", buffering=0) as out:
         out.write(CONTENT)
-        for command in (["umount", mounted.clear], ["fusermount3", "-u", mounted.clear]):
-            assert subprocess.run(command, check=False, capture_output=True).returncode != 0
+        for command in (["umount"], ["fusermount3", "-u"]):
+            assert subprocess.run([*command, str(mounted.clear)], check=False, capture_output=True).returncode != 0
         mounted.run("umount", mounted.clear, code=15)
         out.write(CONTENT)
     assert (mounted.clear / "file").read_bytes() == 2 * CONTENT
