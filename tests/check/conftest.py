@@ -10,6 +10,9 @@ import pytest
 import trio
 
 from tests.check.lab import Lab
+from tests.mount.conftest import box, fuse, template
+
+__all__ = ["box", "fuse", "template"]
 
 
 @pytest.fixture(scope="session")
