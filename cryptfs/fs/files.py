@@ -259,8 +259,8 @@ class Files:
             await self._wind_up(inode, file)
 
     async def _let_go(self, inode: Inode, file: FileNode) -> None:
-        """After `_held`: close what lost its last name meanwhile."""
-        if file.opens == 0 and file.unlinked:
+        """After `_held`: whoever released it last meanwhile left the rest to us."""
+        if file.opens == 0 and inode.file is file:
             await self._wind_up(inode, file)
 
     async def _wind_up(self, inode: Inode, file: FileNode) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from cryptfs.errors import AgentUnavailable
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
@@ -109,6 +110,24 @@ async def test_a_directory_counts_as_durable_only_with_the_way_to_it(memory: Mem
             assert d.log_id in tree.volume.files.new_ids
             gate.set()
     assert d.log_id not in tree.volume.files.new_ids
+    await tree.finish()
+
+
+async def test_a_file_that_is_closed_while_everything_is_flushed_is_closed(memory: MemoryStore) -> None:
+    """Its last words get their frame, and its descriptors go."""
+    tree = await Tree.make(memory)
+    file = await tree.create(b"file")
+    inode = await tree.inode(b"file")
+    await file.state.lock.acquire_shared()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tree.volume.flush)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(file.write, 0, CONTENT)
+        await wait_all_tasks_blocked()
+        await tree.release(inode)
+        file.state.lock.release_shared()
+    assert inode.file is None
+    assert await tree.read(b"file") == CONTENT
     await tree.finish()
 
 
