@@ -403,6 +403,8 @@ class Namespace:
             dst = target.entries.get(dst_sealed)
             if flags == RENAME_NOREPLACE and dst is not None:
                 raise os_error(errno.EEXIST)
+            if source is target and dst is src:
+                return  # To its own name. The kernel does not ask for that; a directory would be taken for an empty victim.
             if flags == RENAME_EXCHANGE:
                 if dst is None:
                     raise os_error(errno.ENOENT)
