@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-COMMAND_TIMEOUT_S = 300
+COMMAND_TIMEOUT_S = 900
 
 
 def cryptfs_command() -> list[str]:
