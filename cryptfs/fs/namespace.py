@@ -404,7 +404,7 @@ class Namespace:
             if flags == RENAME_NOREPLACE and dst is not None:
                 raise os_error(errno.EEXIST)
             if source is target and dst is src:
-                return  # To its own name. The kernel does not ask for that; a directory would be taken for an empty victim.
+                return  # To its own name, which the kernel never asks for: an empty directory would be its own victim.
             if flags == RENAME_EXCHANGE:
                 if dst is None:
                     raise os_error(errno.ENOENT)
