@@ -5,7 +5,9 @@ The composition root of `check` and `export`. Like the daemon it holds DEKs and 
 
 from __future__ import annotations
 
+import logging
 import os
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import TypeVar
 import trio
 
 from cryptfs import paths
-from cryptfs.cli import mounts, passphrase
+from cryptfs.cli import mounts, passphrase, ui
 from cryptfs.errors import CryptfsError, VolumeBusy
 from cryptfs.keys.agent_client import AgentClient, open_agent
 from cryptfs.keys.cache import KeyCache, KitBytes, UnwrapItem
@@ -53,7 +55,13 @@ def with_volume(cipher_dir: Path, sources: passphrase.Sources, work: Work[T], *,
     """
     from cryptfs.cli import key_agent
     from cryptfs.cli.unlock import unlock_volume
+    from cryptfs.daemon.process import harden
 
+    harden()
+    os.umask(0)  # modes are those of the volume's entries
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _say_what_is_settled(aloud=exclusive)
     cipher_dir = Path(os.path.realpath(cipher_dir))
     volume_file = read_volume_file(cipher_dir)
     volume_id = config_of(volume_file).volume_id
@@ -74,6 +82,18 @@ def with_volume(cipher_dir: Path, sources: passphrase.Sources, work: Work[T], *,
         if unlocked_here:
             with suppress(CryptfsError):
                 key_agent.lock(volume_id)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        ui.note(record.getMessage())
+
+
+def _say_what_is_settled(*, aloud: bool) -> None:
+    """What the filesystem logs is a note where it changes the volume; elsewhere the report says the same."""
+    log = logging.getLogger("cryptfs")
+    log.propagate = False
+    log.addHandler(_Notes(logging.WARNING) if aloud else logging.NullHandler())
 
 
 @asynccontextmanager

@@ -123,11 +123,11 @@ class Lab:
 
     # looking ---------------------------------------------------------------------------------------------------
 
-    async def read(self) -> dict[bytes, bytes | str | None | Exception]:
+    async def read(self) -> dict[bytes, bytes | str | Exception | None]:
         """Everything in the volume, as a mount would show it; an exception where something cannot be read."""
         store = self.store()
         volume = await self.sample.open(store, read_only=True)
-        out: dict[bytes, bytes | str | None | Exception] = {}
+        out: dict[bytes, bytes | str | Exception | None] = {}
         try:
             todo = [(volume.root, b"")]
             while todo:

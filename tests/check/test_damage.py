@@ -261,8 +261,8 @@ async def test_damage(damage: Damage, what: str, whole: set[str], lab: Lab) -> N
 
     after = await lab.read()
     assert not [path for path, value in after.items() if isinstance(value, Exception)], after
-    for path in whole:
-        assert after[os.fsencode(path)] == lab.content[os.fsencode(path)], path
+    for shown in whole:
+        assert after[os.fsencode(shown)] == lab.content[os.fsencode(shown)], shown
     contents = [value for value in after.values() if value]
     for path, value in before.items():
         # In its place or in the quarantine, what could be read can be read.

@@ -87,7 +87,7 @@ async def repair_until(lab: Lab, last: int) -> int:
 
     def make() -> Store:
         stores.append(DyingStore(lab.store(), last - sum(store.changes for store in stores)))
-        return stores[-1]  # type: ignore[return-value]
+        return stores[-1]
 
     def close(store: Store) -> None:
         store.end()  # type: ignore[attr-defined]

@@ -69,7 +69,8 @@ async def test_orphans_stay_while_part_of_the_tree_cannot_be_seen(lab: Lab, monk
 
     orphan = lab.sidecar(bytes(range(16)))
     orphan.write_bytes(b"x")
-    monkeypatch.setattr(check.Check, "complete", property(lambda self: False, lambda self, value: None), raising=False)
+    unseen = property(lambda _check: False, lambda _check, _value: None)
+    monkeypatch.setattr(check.Check, "complete", unseen, raising=False)
     report = await lab.repair()
     assert [f.what.value for f in report.leftovers] == ["orphan"]
     assert orphan.exists()
