@@ -49,6 +49,8 @@ class FsContext:
         self.read_only = read_only
         self.codec = BlockCodec(config.volume_id, config.block_size)
         self.state: State | None = None
+        self.farewell = b""
+        """The `state` slot that ends this epoch, signed at the mount: whoever unmounts may lack the key."""
         self._counter = 0
         self.sidecar_writes = 0
         """Counts every write to a sidecar: whoever reads one on a thread sees whether it may be old."""

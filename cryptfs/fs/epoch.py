@@ -44,12 +44,22 @@ def read_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview) -
     return max(good, key=lambda state: state.sequence)
 
 
+def sign_state(volume_id: bytes, volume_key: bytes | memoryview, state: State) -> bytes:
+    """The slot's 512 bytes."""
+    signed = state.signed()
+    return signed + mac(volume_key, volume_id, signed)
+
+
 def write_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview, state: State) -> None:
     """Write `state` into its slot and sync it. Blocks. Raises OSError."""
-    signed = state.signed()
+    write_slot(store, state, sign_state(volume_id, volume_key, state))
+
+
+def write_slot(store: Store, state: State, slot: bytes) -> None:
+    """As `write_state`, with what `sign_state` returned."""
     fd = store.open(store.root(), STATE, os.O_RDWR | os.O_CREAT)
     try:
-        write_all(store, fd, signed + mac(volume_key, volume_id, signed), state.slot * SLOT_BYTES)
+        write_all(store, fd, slot, state.slot * SLOT_BYTES)
         store.fdatasync(fd)
     finally:
         store.close(fd)

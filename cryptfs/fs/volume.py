@@ -8,7 +8,7 @@ import trio
 
 from cryptfs.errors import CryptfsError, VolumeBusy, VolumeDamaged
 from cryptfs.fs.context import FsContext, VolumeConfig, log
-from cryptfs.fs.epoch import read_state, write_state
+from cryptfs.fs.epoch import read_state, sign_state, write_slot, write_state
 from cryptfs.fs.files import Files
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.namespace import Namespace
@@ -98,9 +98,8 @@ class Volume:
         await self.reaper.flush()
         if not good:
             return False
-        volume_key = bytes(await ctx.volume_key())
         await ctx.in_thread(store.syncfs, store.root())
-        await ctx.in_thread(write_state, store, ctx.config.volume_id, volume_key, ctx.state.ended())
+        await ctx.in_thread(write_slot, store, ctx.state.ended(), ctx.farewell)
         return True
 
 
@@ -126,6 +125,7 @@ async def open_volume(
         else:
             await ctx.in_thread(store.syncfs, store.root())
             ctx.state = state.next_epoch()
+            ctx.farewell = sign_state(config.volume_id, volume_key, ctx.state.ended())
             await ctx.in_thread(write_state, store, config.volume_id, volume_key, ctx.state)
             await ctx.in_thread(_empty_tmp, ctx)
         if not state.clean:

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from cryptfs.errors import AgentUnavailable
+from cryptfs.errors import AgentUnavailable, VolumeLocked
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.fs import directory, journal, reconcile
 from cryptfs.fs.context import sidecar_name
@@ -244,6 +244,19 @@ async def test_starting_a_file_anew_that_fails_closes_nothing_twice(memory: Memo
             await tree.lookup(b"file")
     assert await tree.read(b"file") == b""
     await tree.finish()
+
+
+async def test_a_locked_volume_that_owes_nothing_is_left_clean(tree: Tree) -> None:
+    """Lock, then unmount: an epoch that ended uncleanly would excuse things that no crash did."""
+    await tree.write(b"file", CONTENT)
+    keys = tree.volume.ctx.keys
+    assert isinstance(keys, FakeDekProvider)
+    keys.wipe()
+    keys.failure = VolumeLocked("locked")
+    await tree.unmount()
+    await tree.mount()
+    assert not tree.volume.ctx.crashed_before
+    assert await tree.read(b"file") == CONTENT
 
 
 # names -----------------------------------------------------------------------------------------------------------
