@@ -33,8 +33,11 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *
     # settled.
     settled = (h.generation for h in replayed.heads if not ctx.forgives(h.generation))
     durable = max(replayed.durable_up_to, *settled, 0)
-    if replayed.tail and vouched_in_tail(replayed, await journal.log_key()) > durable:
-        raise Damaged("frame", "an acknowledged frame is damaged")
+    if replayed.tail:
+        # A frame that survived behind a torn one still knows what had become durable before it.
+        durable = max(durable, vouched_in_tail(replayed, await journal.log_key()))
+        if durable > max((head.generation for head in replayed.heads), default=0):
+            raise Damaged("frame", "an acknowledged frame is damaged")
     block_size = ctx.config.block_size
     least = sum(1 for head in replayed.heads if head.generation <= durable)
     # A head whose payload is torn ends the history, unless it was acknowledged: then it is damage, and poisons.
