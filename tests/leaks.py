@@ -54,10 +54,9 @@ class Watch:
         return left
 
     def _new_fds(self) -> dict[int, str]:
-        new = {fd: target for fd, target in open_fds().items() if self.fds.get(fd) != target}
-        if new:
-            gc.collect()
-        return new
+        if open_fds().items() - self.fds.items():
+            gc.collect()  # what only garbage holds is no leak
+        return dict(open_fds().items() - self.fds.items())
 
 
 def settled(look: Callable[[], Found]) -> Found:
