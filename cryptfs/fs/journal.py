@@ -205,6 +205,8 @@ class Journal:
         store.ftruncate(state.data_fd, HEADER_BYTES + state.size)
         state.data_len = state.size
         state.data_unsynced = state.mtime_stale = True
+        # At an unmount nothing comes after this that would.
+        state.restore_mtime()
 
     def settle_frame(self, key: memoryview) -> None:
         """A frame of this epoch that says what the file is now, so that the next opening need not ask again."""
