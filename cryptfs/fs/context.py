@@ -52,6 +52,8 @@ class FsContext:
         self.farewell = b""
         """The `state` slot that ends this epoch, signed at the mount: whoever unmounts may lack the key."""
         self._counter = 0
+        self.doubts = 0
+        """How often syncing the whole file system failed: what was written before is believed only if written again."""
         self.sidecar_writes = 0
         """Counts every write to a sidecar: whoever reads one on a thread sees whether it may be old."""
         self._slots: list[Slots] = []
@@ -155,6 +157,14 @@ class FsContext:
                 nursery.start_soon(one, call, fd)
         if errors:
             raise errors[0]
+
+    async def sync_everything(self) -> None:
+        """syncfs(2). Raises OSError; from then on no sync of what was written before proves anything (`resync`)."""
+        try:
+            await self.in_thread(self.store.syncfs, self.store.root())
+        except OSError:
+            self.doubts += 1
+            raise
 
     def dir_fd(self, *names: bytes) -> int:
         """A descriptor of one of the volume's own directories (`tree`, `sidecars/ab`, `tmp`), kept open."""

@@ -23,9 +23,9 @@ from cryptfs.fs.context import FsContext
 from cryptfs.fs.locks import SharedLock
 from cryptfs.fs.resync import log_again
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log, vouched_in_tail
-from cryptfs.names import DIR_LOG
+from cryptfs.names import DIR_LOG, tree_name
 from cryptfs.ports import KeyRun, Kit
-from cryptfs.types import Purpose, epoch_of
+from cryptfs.types import ID_BYTES, Purpose, epoch_of
 
 _COMPACT_MIN_BYTES = 64 * 1024
 _FRAME_BYTES = 160
@@ -64,10 +64,13 @@ class DirNode:
         """Sealed names recorded in an epoch that ended uncleanly: what they name may never have reached the disk."""
         self.bindings: dict[bytes, list[Entry]] = {}
         """After a crash only: what each sealed name was bound to since the log was last known to be durable."""
-        self._sync_failed = False
+        self._distrusted = False
+        self._doubts = 0
         self._syncing = trio.Lock()
-        self._pending: list[DirPayload] = []
-        """Changes the tree has and the log could not take (disk full): appended before anything else is."""
+        self._owed: dict[bytes, None] = {}
+        """Sealed names about which the log could not be told the truth (disk full): said before anything else is."""
+        self._strays: list[bytes] = []
+        """Names in the tree that stand for nothing and could not be taken away."""
 
     @property
     def dir_id(self) -> bytes:
@@ -107,47 +110,87 @@ class DirNode:
         """
         payload = DirPayload(tuple(entries), tuple(gone))
         try:
+            self._sweep(payload.entries)
             self._flush(log_key)
             self._append(log_key, payload)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or payload.entries:
                 raise
             # Removing must work on a full disk: it is how one makes room. The frame follows when there is some.
-            self._pending.append(payload)
+            self._owe(payload)
         self._hold(payload)
 
     def revert(self, log_key: memoryview, entries: Iterable[Entry] = (), gone: Iterable[bytes] = ()) -> None:
         """After the call on the tree failed: say that things are as before. Never raises; at worst it is said later."""
         payload = DirPayload(tuple(entries), tuple(gone))
         self._hold(payload)
-        self._pending.append(payload)
-        try:
+        self._owe(payload)
+        with suppress(OSError):
             self._flush(log_key)
-        except OSError:
-            return
 
     async def take_back(self, entries: Iterable[Entry] = (), gone: Iterable[bytes] = ()) -> None:
         """As `revert`, for whoever has awaited since the frame: things are as before at once, also without keys."""
         payload = DirPayload(tuple(entries), tuple(gone))
         self._hold(payload)
-        self._pending.append(payload)
+        self._owe(payload)
         with suppress(OSError, CryptfsError):
             await self.flush()
 
+    def discard(self, name: bytes) -> None:
+        """Take away what a failed call left in the tree under `name`; at worst it is done later, before it matters."""
+        self._strays.append(name)
+        self._sweep()
+
+    def _sweep(self, wanted: Iterable[Entry] = ()) -> None:
+        """Take strays away. Raises OSError if one stays whose name is wanted."""
+        left: list[bytes] = []
+        names = {tree_name(entry.sealed) for entry in wanted} if self._strays else set()
+        failed: OSError | None = None
+        for name in self._strays:
+            try:
+                self._take_away(name)
+            except OSError as error:
+                left.append(name)
+                failed = error if name in names else failed
+        self._strays = left
+        if failed is not None:
+            raise failed
+
+    def _take_away(self, name: bytes) -> None:
+        store = self.ctx.store
+        with suppress(FileNotFoundError):
+            try:
+                store.unlink(self.fd, name)
+            except IsADirectoryError:
+                store.rename(self.fd, name, self.ctx.dir_fd(b"tmp"), self.ctx.random(ID_BYTES).hex().encode())
+
+    def _owe(self, payload: DirPayload) -> None:
+        self._owed.update(dict.fromkeys([*payload.gone, *(entry.sealed for entry in payload.entries)]))
+
     def _flush(self, log_key: memoryview) -> None:
-        while self._pending:
-            self._append(log_key, self._pending[0])
-            self._pending.pop(0)
+        self.log.mend(self.ctx.store)
+        if self._owed:
+            there = tuple(self.entries[sealed] for sealed in self._owed if sealed in self.entries)
+            self._append(log_key, DirPayload(there, tuple(s for s in self._owed if s not in self.entries)))
+            self._owed.clear()
 
     async def flush(self) -> None:
         """Write what the log could not take before. Raises OSError."""
-        if self._pending:
+        if self.has_pending:
+            self._sweep()
             self._flush((await self.keys()).log_key)
+            if self._strays:
+                raise OSError(errno.EIO, "something that failed half-way could not be taken back")
 
     @property
     def has_pending(self) -> bool:
-        """The log lacks something: this directory must not be dropped from memory."""
-        return bool(self._pending)
+        """Log or tree is not what it must be: this directory must not be dropped from memory."""
+        return bool(self._owed or self._strays or self._distrusted) or (self._log is not None and self._log.torn)
+
+    @property
+    def sync_failed(self) -> bool:
+        """A sync of this directory, or of everything, failed: the next one is believed only after `log_again`."""
+        return self._distrusted or self._doubts != self.ctx.doubts
 
     def _append(self, log_key: memoryview, payload: DirPayload) -> None:
         generation = self.ctx.next_generation()
@@ -173,8 +216,7 @@ class DirNode:
             await self._sync()
 
     async def _sync(self) -> None:
-        if self._sync_failed:
-            await log_again(self.ctx, self.log, bytearray((await self.keys()).log_key))
+        await self._written_again()
         await self.flush()
         generation, store = self.last_gen, self.ctx.store
 
@@ -183,10 +225,25 @@ class DirNode:
             store.fsync(self.fd)
 
         # Believed only if it returns: see `resync`.
-        self._sync_failed = True
+        self._distrusted = True
         await self.ctx.in_thread(both)
-        self._sync_failed = False
+        self._distrusted = False
         self.durable_gen = max(self.durable_gen, generation)
+
+    async def _written_again(self) -> None:
+        """After a sync that failed."""
+        if self.sync_failed:
+            doubts = self.ctx.doubts
+            await log_again(self.ctx, self.log, bytearray((await self.keys()).log_key), self.durable_gen)
+            self._doubts = doubts
+
+    async def sync_log(self) -> None:
+        """Make the log durable, and nothing of the tree. Raises OSError."""
+        async with self._syncing:
+            await self._written_again()
+            before, self._distrusted = self._distrusted, True
+            await self.ctx.in_thread(self.ctx.store.fdatasync, self.log.fd)
+            self._distrusted = before
 
     async def compact(self) -> None:
         """Rewrite the log as one snapshot when most of it is dead frames."""
@@ -217,7 +274,9 @@ class DirNode:
             self.last_gen = generation
             # The log's new name is not a change of the directory the user sees.
             self.ctx.store.futimens(self.fd, before.st_atime_ns, before.st_mtime_ns)
+            before_sync, self._distrusted = self._distrusted, True
             await self.ctx.in_thread(self.ctx.store.fsync, self.fd)
+            self._distrusted = before_sync
 
     def close_log(self) -> None:
         """Close the log's descriptor."""
@@ -244,6 +303,7 @@ class DirNode:
         generation = ctx.next_generation()
         frame = Frame(generation, 0, 0, DirPayload().encode())
         node._log = SealedLog.create(ctx.store, fd, DIR_LOG, header, kit.log_key, frame)
+        node._doubts = ctx.doubts
         node.last_gen = generation
         return node
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from cryptfs.blocks.extents import DURABLE, FRESH, HOME_DATA, HOME_TWIN, Extent
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES
-from cryptfs.fs.context import FsContext, twin_name
+from cryptfs.fs.context import FsContext, log, twin_name, write_all
 from cryptfs.fs.history import POISON
 from cryptfs.fs.journal import Journal
 from cryptfs.fs.state import FileState
@@ -190,10 +191,8 @@ class FileNode:
                 plains.append(await self._merged(block, length, head, data[at : at + take]))
             at += take
             head = 0
-        await self._put(first, plains)
-        if new_size > state.size:
-            state.size = new_size
-            self._make_room()
+        await self._put(first, plains, new_size)
+        state.size = new_size
 
     async def _merged(self, block: int, length: int, at: int, piece: memoryview) -> bytearray:
         """Block `block` with `piece` laid over it at `at`; `length` bytes at most, no longer than it has content."""
@@ -208,13 +207,17 @@ class FileNode:
         assert len(plain) <= block_size
         return plain
 
-    async def _put(self, first: int, plains: list[Buffer]) -> None:
-        """Encrypt and write blocks first … and make them current. On an error the map is as it was."""
+    async def _put(self, first: int, plains: list[Buffer], size: int) -> None:
+        """Encrypt and write blocks first …, make them current, and make room for a file of `size` bytes.
+
+        On an error all is as it was.
+        """
         ctx, state = self.ctx, self.state
         count = len(plains)
         version = ctx.next_generation()
         slots = ctx.take_slots(count)
         try:
+            volatile = await self._volatile(first, first + count)
             stock, start = await self._take_deks(count)
             # No await between here and the end of seal_run: the keys could be wiped meanwhile.
             deks = stock.keys[start : start + count]
@@ -222,13 +225,18 @@ class FileNode:
             kek_version = stock.kek_version
             wrapped = b"".join(stock.wrapped[start : start + count])
             new: list[Extent] = []
-            for a, b, home in self._homes(first, first + count):
-                if home == HOME_TWIN and state.twin_fd is None:
-                    self._open_twin()
-                piece = ciphers[a - first : b - first]
-                self._write_home(home, piece, state.home_offset(home, a))
-                last_len = len(piece[-1])
-                new.append(Extent(a, b, version, last_len, home, kek_version, wrapped, tags, FRESH, base=first))
+            try:
+                for a, b, home in self._homes(first, first + count):
+                    if home == HOME_TWIN and state.twin_fd is None:
+                        self._open_twin()
+                    piece = ciphers[a - first : b - first]
+                    self._write_home(home, piece, state.home_offset(home, a))
+                    last_len = len(piece[-1])
+                    new.append(Extent(a, b, version, last_len, home, kek_version, wrapped, tags, FRESH, base=first))
+                self._make_room(size)
+            except BaseException:
+                self._put_back(volatile)
+                raise
         finally:
             ctx.give_slots(slots)
         for old in state.blocks.remove(first, first + count):
@@ -236,6 +244,35 @@ class FileNode:
                 state.displaced.insert(old)
         for extent in new:
             state.blocks.insert(extent)
+
+    async def _volatile(self, first: int, end: int) -> list[tuple[int, int, bytes]]:
+        """(home, offset, ciphertext) of the versions of blocks first … end - 1 that will be overwritten where they are.
+
+        They were never synced, but a program wrote them: it must not lose them to a later write that fails.
+        """
+        state, block_size = self.state, self.ctx.config.block_size
+        out: list[tuple[int, int, bytes]] = []
+        for extent in state.blocks.overlapping(first, end):
+            if extent.stage == DURABLE or extent.home == POISON:
+                continue
+            a, b = max(first, extent.first), min(end, extent.end)
+            length = (b - 1 - a) * block_size + (extent.last_len if b == extent.end else block_size)
+            ciphers = bytearray(length)
+            offset = state.home_offset(extent.home, a)
+            # What cannot be read cannot be lost: the new version may even heal it.
+            with suppress(OSError, Damaged):
+                await self._fill(state.home_fd(extent.home), [memoryview(ciphers)], offset, a)
+                out.append((extent.home, offset, bytes(ciphers)))
+        return out
+
+    def _put_back(self, volatile: list[tuple[int, int, bytes]]) -> None:
+        """After a write that failed half-way: what `_volatile` found, in its place again."""
+        try:
+            for home, offset, ciphers in volatile:
+                write_all(self.ctx.store, self.state.home_fd(home), ciphers, offset)
+        except OSError as error:
+            log.error("inode %d: blocks written since the last sync are lost: %s", self.state.ino, error)
+            self.journal.distrust()
 
     def _homes(self, first: int, end: int) -> list[tuple[int, int, int]]:
         """Split first … end - 1 by where each block may be written: never where its last durable version lies."""
@@ -301,12 +338,12 @@ class FileNode:
         self._stock_next = start + count
         return stock, start
 
-    def _make_room(self) -> None:
-        """Let the data file reach the file's end: its size is how `stat` knows the file's."""
+    def _make_room(self, size: int) -> None:
+        """Let the data file reach the end of a file of `size` bytes: its size is how `stat` knows the file's."""
         state = self.state
-        if state.data_len < state.size:
-            self.ctx.store.ftruncate(state.data_fd, HEADER_BYTES + state.size)
-            state.data_len = state.size
+        if state.data_len < size:
+            self.ctx.store.ftruncate(state.data_fd, HEADER_BYTES + size)
+            state.data_len = size
             state.data_unsynced = state.mtime_stale = True
 
     # cutting ---------------------------------------------------------------------------------------------------
@@ -323,13 +360,8 @@ class FileNode:
             if size < state.size:
                 await self._shrink(size)
             elif size > state.size:
-                old = state.size
+                self._make_room(size)
                 state.size = size
-                try:
-                    self._make_room()
-                except OSError:
-                    state.size = old
-                    raise
         finally:
             state.lock.release_exclusive()
 
@@ -344,7 +376,7 @@ class FileNode:
                     # The bytes past the cut must not come back when the file grows again: a new, shorter version.
                     kept = bytearray(block_size)
                     await self._read_blocks(tail, tail + 1, memoryview(kept))
-                    await self._put(tail, [kept[:rest]])
+                    await self._put(tail, [kept[:rest]], size)
         first_gone = -(-size // block_size)
         end = -(-state.size // block_size)
         if first_gone < end:
@@ -354,8 +386,10 @@ class FileNode:
             self.journal.holes.append((first_gone, end - first_gone))
         state.size = size
         if not state.acked:
-            # Nothing of this file was ever acknowledged: no durable frame can want the bytes past the cut.
-            self.journal.cut()
+            # Nothing of this file was ever acknowledged: no durable frame can want the bytes past the cut. The file is
+            # cut all the same if that fails: the next sync does it.
+            with suppress(OSError):
+                self.journal.cut()
 
 
 def _zero(out: memoryview, start: int, end: int) -> None:

@@ -21,6 +21,7 @@ from cryptfs.fs.journal import Journal
 from cryptfs.fs.prefetch import Prefetcher
 from cryptfs.fs.reaper import Reaper
 from cryptfs.fs.reconcile import KIND_OF_MODE
+from cryptfs.fs.resync import symlink_again
 from cryptfs.fs.sealed_log import Replay
 from cryptfs.fs.state import FileState
 from cryptfs.fs.symlink import decode_target_text, read_target
@@ -330,9 +331,12 @@ class Files:
         if len(self.new_ids) == 0:
             return
         new = [e for e in node.entries.values() if e.kind == Kind.SYMLINK and e.log_id in self.new_ids]
-        if new:
-            await self.ctx.in_thread(self.ctx.store.syncfs, self.ctx.store.root())
-            self.new_ids.difference_update(e.log_id for e in new)
+        if new and self.ctx.doubts:
+            for entry in new:
+                await symlink_again(self.ctx, entry.log_id)
+        elif new:
+            await self.ctx.sync_everything()
+        self.new_ids.difference_update(e.log_id for e in new)
 
     async def settle(self) -> None:
         """Sync what waits for it and close what nobody needs. Errors are logged; it is tried again."""
@@ -359,8 +363,11 @@ class Files:
                     log.error("directory inode %d: log not compacted: %s", node.ino, error)
         if len(self.new_ids) > _NEW_MAX:
             before = set(self.new_ids)
-            await self.ctx.in_thread(self.ctx.store.syncfs, self.ctx.store.root())
-            self.new_ids -= before
+            try:
+                await self.ctx.sync_everything()
+                self.new_ids -= before
+            except OSError as error:
+                log.error("the file system could not be synced: %s", error)
 
     async def serve(self) -> None:
         """Settle now and then, for ever."""
@@ -382,6 +389,13 @@ class Files:
                     log.error("inode %d: not synced: %s", inode.ino, error)
                     good = False
             await self._let_go(inode, file)
+        for node in self.inodes.open_dirs():
+            try:
+                if node.sync_failed:
+                    await node.sync()
+            except (OSError, CryptfsError) as error:
+                log.error("directory inode %d: not synced: %s", node.ino, error)
+                good = False
         return good
 
     async def commit_all(self) -> bool:

@@ -70,7 +70,8 @@ class Journal:
         self._last_gen = 0
         self._sidecar_new = False
         self._syncing = trio.Lock()
-        self._sync_failed = False
+        self._distrusted = False
+        self._doubts = 0
 
     # a file that was created just now --------------------------------------------------------------------------
 
@@ -78,6 +79,7 @@ class Journal:
         """A new, empty file: its sidecar appears with its first frame."""
         self.kek_version = kek_version
         self.log_wrapped = log_wrapped
+        self._doubts = self.ctx.doubts
         self.loaded = True
         self.state.acked = False
         self.state.twin_unsynced = False
@@ -87,14 +89,24 @@ class Journal:
     @property
     def needs_frame(self) -> bool:
         """Something changed that no frame says yet; also a new file's emptiness."""
-        return self.loaded and (
-            self._framed_size != self.state.size or bool(self.holes) or bool(self.state.blocks.fresh())
-        )
+        if not self.loaded:
+            return False
+        changed = self._framed_size != self.state.size or bool(self.holes) or bool(self.state.blocks.fresh())
+        return changed or (self.log is not None and self.log.torn)
 
     @property
     def needs_settling(self) -> bool:
-        """Acknowledged versions are kept aside, or a cut waits: only a sync lets go of them."""
-        return self.loaded and (len(self.state.displaced) > 0 or self.state.cut_pending)
+        """Acknowledged versions are kept aside, a cut waits, or a sync failed: only a sync lets go of them."""
+        return self.loaded and (len(self.state.displaced) > 0 or self.state.cut_pending or self._distrusted)
+
+    @property
+    def sync_failed(self) -> bool:
+        """A sync of this file, or of everything, failed: the next one is to be believed only after `write_again`."""
+        return self._distrusted or self._doubts != self.ctx.doubts
+
+    def distrust(self) -> None:
+        """What was written since the last sync may not be in its place: the next sync has to find out."""
+        self._distrusted = True
 
     async def log_key(self) -> memoryview:
         """The log's MAC key; good until the next await."""
@@ -145,9 +157,10 @@ class Journal:
             lock = self.state.lock
             await lock.acquire_exclusive()
             try:
-                if self._sync_failed:
+                if self.sync_failed:
+                    doubts = self.ctx.doubts
                     await write_again(self)
-                    self._sync_failed = False
+                    self._distrusted, self._doubts = False, doubts
                 if self.needs_frame:
                     self._append(await self.log_key())
             except BaseException:
@@ -179,7 +192,8 @@ class Journal:
         try:
             await self.ctx.in_threads(calls)
         except OSError:
-            self._sync_failed = True
+            self._distrusted = True
+            state.meta_unsynced = state.meta_unsynced or not data_only
             raise
         state.data_unsynced = state.twin_unsynced = state.twin_new = self._sidecar_new = False
         if self.log is not None:
@@ -323,6 +337,7 @@ class Journal:
             raise Damaged("size", f"data file of {data_size} bytes, {HEADER_BYTES + size} expected")
         self.adopt(fd, replayed, len(replayed.heads), blocks, size)
         state.data_len = size
+        self.loaded = True
 
     def adopt(self, fd: int, replayed: Replay, keep: int, blocks: ExtentMap, size: int) -> None:
         """Take the first `keep` frames (at least one) of a replayed log as what the file is."""
@@ -339,7 +354,10 @@ class Journal:
         # Mounting synced the whole file system: frames of earlier epochs are durable.
         old = [h.generation for h in replayed.heads[:keep] if ctx.state and epoch_of(h.generation) < ctx.state.epoch]
         self.durable_gen = max([said, *old])
-        self.loaded = True
+
+    def disown(self) -> None:
+        """Settling what was adopted failed: to be loaded again. The log's descriptor is the caller's."""
+        self.log = None
 
     def _open_twin(self) -> None:
         state, store = self.state, self.ctx.store

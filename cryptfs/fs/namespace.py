@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import DataHeader
 from cryptfs.format.dirlog import Entry
-from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.context import FsContext, log, write_all
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.files import Attr, Files, kind_of
@@ -162,15 +162,13 @@ class Namespace:
             fd = -1
             try:
                 fd = store.open(node.fd, below, os.O_RDWR | os.O_CREAT | os.O_EXCL, stat.S_IMODE(mode))
-                if store.pwrite(fd, header, 0) != len(header):
-                    raise os_error(errno.ENOSPC)
+                write_all(store, fd, header, 0)
                 self._give_to(node, fd, b"", owner)
                 st = store.fstat(fd)
             except BaseException:
                 if fd >= 0:
                     store.close(fd)
-                    with suppress(OSError):
-                        store.unlink(node.fd, below)
+                    node.discard(below)
                 node.revert(keys.log_key, gone=[sealed])
                 raise
             self.files.new_ids.add(kit.log_id)
@@ -190,31 +188,34 @@ class Namespace:
             kit = await ctx.keys.make_kit(directory=True)
             tmp, built = ctx.dir_fd(b"tmp"), kit.log_id.hex().encode()
             store.mkdir(tmp, built)
-            fd = store.open(tmp, built, os.O_RDONLY | os.O_DIRECTORY)
-            made: DirNode | None = None
+            fd, made = -1, None
             try:
+                fd = store.open(tmp, built, os.O_RDONLY | os.O_DIRECTORY)
                 made = DirNode.create(ctx, fd, kit)
                 self._give_to(node, fd, b"", owner)
                 keys = await node.keys()
                 sealed = self._free_name(node, keys.names.seal(name))
                 below = tree_name(sealed)
                 node.apply(keys.log_key, [Entry(sealed, Kind.DIR, kit.log_id)])
+                inherit, placed = store.fstat(node.fd).st_mode & stat.S_ISGID, False
                 try:
                     store.rename(tmp, built, node.fd, below, RENAME_NOREPLACE)
+                    placed = True
+                    # After the rename: a directory its owner may not write could not be renamed.
+                    store.fchmod(fd, stat.S_IMODE(mode) | inherit)
+                    st = store.fstat(fd)
                 except BaseException:
+                    if placed:
+                        node.discard(below)
                     node.revert(keys.log_key, gone=[sealed])
                     raise
             except BaseException:
                 if made is not None:
                     made.close()
-                else:
+                elif fd >= 0:
                     store.close(fd)
                 self.reaper.add_dir(built)
                 raise
-            # After the rename: a directory its owner may not write could not be renamed.
-            inherit = store.fstat(node.fd).st_mode & stat.S_ISGID
-            store.fchmod(fd, stat.S_IMODE(mode) | inherit)
-            st = store.fstat(fd)
             self.files.new_ids.add(kit.log_id)
             inode = self.inodes.meet(st.st_ino, Kind.DIR, kit.log_id, parent, below)
             inode.last_st = None
@@ -297,8 +298,7 @@ class Namespace:
             st = store.lstat(node.fd, below)
         except BaseException:
             if made:
-                with suppress(OSError):
-                    store.unlink(node.fd, below)
+                node.discard(below)
             node.revert(keys.log_key, gone=[sealed])
             raise
         inode = self.inodes.meet(st.st_ino, kind, log_id, parent, below)
@@ -323,18 +323,23 @@ class Namespace:
                 old = next((e for e in source.entries.values() if tree_name(e.sealed) == below_old), None) \
                     if inode.kind in (Kind.CHAR, Kind.BLOCK) else None  # fmt: skip
                 node.apply(keys.log_key, [Entry(sealed, inode.kind, inode.log_id, old.rdev if old else 0)])
+                linked = False
                 try:
                     await self._sync_arrival(node, sealed, inode.log_id)
                     # It may have been renamed meanwhile, and another file may lie under its old name.
                     source_now, below_now = await self.inodes.where(inode)
                     self.ctx.store.link(source_now.fd, below_now, node.fd, below)
+                    linked = True
+                    inode.add_path(parent, below)
+                    return await self.files.attr(inode)
                 except BaseException:
+                    if linked:
+                        inode.drop_path(parent, below)
+                        node.discard(below)
                     await node.take_back(gone=[sealed])
                     raise
             finally:
                 source.pins -= 1
-            inode.add_path(parent, below)
-            return await self.files.attr(inode)
         finally:
             self._changed(node)
 
@@ -380,13 +385,14 @@ class Namespace:
         if child.entries:
             raise os_error(errno.ENOTEMPTY)
         keys = await node.keys()
+        st = self.ctx.store.fstat(child.fd)
         node.apply(keys.log_key, gone=[entry.sealed])
         try:
-            self._to_tmp(node, tree_name(entry.sealed), child)
+            self._to_tmp(node, tree_name(entry.sealed), child, st)
         except BaseException:
             node.revert(keys.log_key, [entry])
             raise
-        self._dir_gone(parent, tree_name(entry.sealed), inode, child)
+        self._dir_gone(parent, tree_name(entry.sealed), inode, child, st)
 
     # renaming --------------------------------------------------------------------------------------------------
 
@@ -458,9 +464,13 @@ class Namespace:
         except BaseException:
             await self._unlog_rename(source, target, src, moved, dst)
             raise
-        if replaced is not None and dst is not None:
-            self._to_tmp(source, src_below, replaced[1])
-            self._dir_gone(new, dst_below, *replaced)
+        if replaced is not None and dst is not None and dst_st is not None:
+            try:
+                self._to_tmp(source, src_below, replaced[1], dst_st)
+            except OSError:
+                # The rename is done; what it replaced lies where the other was, and goes when it can.
+                source.discard(src_below)
+            self._dir_gone(new, dst_below, *replaced, dst_st)
         elif dst is not None and back is None and dst_st is not None:
             self._name_gone(new, dst_below, dst, dst_st)
         self._moved(src_st.st_ino, src.log_id, old, src_below, new, dst_below)
@@ -575,7 +585,7 @@ class Namespace:
         the crashed epoch, speaks for an entry. And for long names, which stand nowhere but in the log.
         """
         if is_long(sealed) or log_id not in self.files.new_ids:
-            await self.ctx.in_thread(self.ctx.store.fdatasync, node.log.fd)
+            await node.sync_log()
 
     def _give_to(self, parent: DirNode, fd: int, name: bytes, owner: Owner) -> None:
         """Set owner and group of a new object if they are not what the daemon's own would be."""
@@ -596,18 +606,24 @@ class Namespace:
             if mode & (stat.S_ISUID | stat.S_ISGID):
                 store.fchmod(fd, stat.S_IMODE(mode))
 
-    def _to_tmp(self, node: DirNode, below: bytes, child: DirNode) -> None:
+    def _to_tmp(self, node: DirNode, below: bytes, child: DirNode, st: os.stat_result) -> None:
         name = child.dir_id.hex().encode()
-        mode = stat.S_IMODE(self.ctx.store.fstat(child.fd).st_mode)
-        if not mode & stat.S_IWUSR:
+        mode = stat.S_IMODE(st.st_mode)
+        closed = not mode & stat.S_IWUSR
+        if closed:
             # Moving a directory needs write permission on it; removing one does not.
             self.ctx.store.fchmod(child.fd, mode | stat.S_IWUSR)
-        self.ctx.store.rename(node.fd, below, self.ctx.dir_fd(b"tmp"), name)
+        try:
+            self.ctx.store.rename(node.fd, below, self.ctx.dir_fd(b"tmp"), name)
+        except BaseException:
+            if closed:
+                with suppress(OSError):
+                    self.ctx.store.fchmod(child.fd, mode)
+            raise
         self.reaper.add_dir(name)
 
-    def _dir_gone(self, parent: Inode, below: bytes, inode: Inode, child: DirNode) -> None:
+    def _dir_gone(self, parent: Inode, below: bytes, inode: Inode, child: DirNode, st: os.stat_result) -> None:
         child.removed = True
-        st = self.ctx.store.fstat(child.fd)
         inode.drop_path(parent, below)
         inode.last_st = _without_links(st)
         self.files.new_ids.discard(inode.log_id)

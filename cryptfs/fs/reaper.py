@@ -46,9 +46,11 @@ class Reaper:
             if self._ids or self._dirs:
                 ids, dirs, self._ids, self._dirs = self._ids, self._dirs, [], []
                 try:
-                    await self.ctx.in_thread(self.ctx.store.syncfs, self.ctx.store.root())
+                    await self.ctx.sync_everything()
                 except OSError as error:
-                    log.warning("sync before deleting sidecars failed, they stay: %s", error.strerror)
+                    log.warning("sync before deleting sidecars failed, it is tried again: %s", error.strerror)
+                    self._ids += ids
+                    self._dirs += dirs
                     continue
                 await self.ctx.in_thread(self._delete, ids, dirs)
 

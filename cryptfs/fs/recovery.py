@@ -14,7 +14,7 @@ from cryptfs.blocks.codec import Slots
 from cryptfs.blocks.extents import HOME_TWIN, Extent, ExtentMap
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES, DataHeader
-from cryptfs.fs.context import log, sidecar_name
+from cryptfs.fs.context import log, sidecar_name, write_all
 from cryptfs.fs.history import POISON, build_map
 from cryptfs.fs.sealed_log import Replay, vouched_in_tail
 from cryptfs.ports import KeyRun
@@ -67,18 +67,28 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *
         log.warning("inode %d: recovered after a crash, %d unacknowledged frames dropped", state.ino, dropped)
     journal.adopt(fd, replayed, keep, blocks, size)
     state.data_len = data_size - HEADER_BYTES
-    if ctx.read_only or not state.writable:
-        return
+    if not ctx.read_only and state.writable:
+        try:
+            await _settle(journal, has_header=has_header)
+        except BaseException:
+            journal.disown()
+            raise
+    journal.loaded = True
+
+
+async def _settle(journal: Journal, *, has_header: bool) -> None:
+    """Make log and data file say what was adopted, and nothing else."""
+    ctx, state = journal.ctx, journal.state
     assert journal.log is not None
-    if ctx.store.fstat(fd).st_size != journal.log.end:
-        ctx.store.ftruncate(fd, journal.log.end)
+    if ctx.store.fstat(journal.log.fd).st_size != journal.log.end:
+        ctx.store.ftruncate(journal.log.fd, journal.log.end)
     if not has_header:
         await _write_header(journal)
-    if data_size != HEADER_BYTES + size:
+    if state.data_len != state.size:
         before = ctx.store.fstat(state.data_fd)
-        ctx.store.ftruncate(state.data_fd, HEADER_BYTES + size)
+        ctx.store.ftruncate(state.data_fd, HEADER_BYTES + state.size)
         ctx.store.futimens(state.data_fd, before.st_atime_ns, before.st_mtime_ns)
-        state.data_len = size
+        state.data_len = state.size
     journal.settle_frame(await journal.log_key())
 
 
@@ -141,4 +151,4 @@ async def _write_header(journal: Journal) -> None:
     """Give the data file the header that a crash kept from it; its birth is now."""
     ctx, state = journal.ctx, journal.state
     header = ctx.sign_header(await ctx.volume_key(), DataHeader(state.file_id, ctx.next_generation()))
-    ctx.store.pwrite(state.data_fd, header, 0)
+    write_all(ctx.store, state.data_fd, header, 0)

@@ -15,10 +15,14 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
+from cryptfs.blocks.extents import DURABLE
 from cryptfs.errors import Damaged
-from cryptfs.fs.context import FsContext, write_all
+from cryptfs.fs.context import FsContext, sidecar_name, write_all
+from cryptfs.fs.history import POISON
 from cryptfs.fs.recovery import authentic
 from cryptfs.fs.sealed_log import SealedLog, authenticate, parse, read_log
+from cryptfs.ports import KeyRun
+from cryptfs.types import Buffer, Purpose
 
 if TYPE_CHECKING:
     from cryptfs.fs.journal import Journal
@@ -35,29 +39,27 @@ async def write_again(journal: Journal) -> None:
     """
     ctx, state = journal.ctx, journal.state
     block_size = ctx.config.block_size
-    for extent in list(state.blocks.unsettled()):
-        if not await authentic(journal, extent, {}):
+    # A frame of this epoch that an earlier opening appended may be as far from the disk as what is new.
+    doubtful = [e for e in state.blocks if e.stage != DURABLE or e.generation > journal.durable_gen]
+    for extent in doubtful:
+        if extent.home == POISON or not await authentic(journal, extent, {}):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         length = (extent.end - 1 - extent.first) * block_size + extent.last_len
         offset = state.home_offset(extent.home, extent.first)
         await ctx.in_thread(_copy_onto_itself, ctx, state.home_fd(extent.home), offset, length)
     if journal.log is not None:
-        await log_again(ctx, journal.log, bytearray(await journal.log_key()))
+        await log_again(ctx, journal.log, bytearray(await journal.log_key()), journal.durable_gen)
     state.data_unsynced = state.twin_unsynced = True
 
 
-async def log_again(ctx: FsContext, log: SealedLog, key: bytearray) -> None:
-    """The same for a log. `key` is wiped. Raises OSError(EIO)."""
+async def log_again(ctx: FsContext, log: SealedLog, key: bytearray, durable: int) -> None:
+    """The same for a log of which everything up to generation `durable` is. `key` is wiped. Raises OSError(EIO)."""
     # Whoever changes a directory may append to its log meanwhile.
     log_end, last_mac = log.end, log.prev_mac
 
     def again() -> None:
         raw = read_log(ctx.store, log.fd)[:log_end]
-        try:
-            good = authenticate(parse(raw), key)
-        except Damaged:
-            good = None
-        if good is None or not good.ends or good.ends[-1] != log_end or good.heads[-1].mac != last_mac:
+        if _last_mac(raw, key, durable) != last_mac:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         write_all(ctx.store, log.fd, raw, 0)
 
@@ -66,6 +68,32 @@ async def log_again(ctx: FsContext, log: SealedLog, key: bytearray) -> None:
     finally:
         key[:] = bytes(len(key))
     log.unsynced = True
+
+
+async def symlink_again(ctx: FsContext, log_id: bytes) -> None:
+    """The same for a symlink's sidecar, and a sync of it. Raises OSError."""
+    where = ctx.sidecar_dir(log_id)
+    fd = ctx.store.open(where, sidecar_name(log_id), os.O_RDWR)
+    try:
+        raw = read_log(ctx.store, fd)
+        header = parse(raw).header
+        run = [KeyRun(log_id, Purpose.LOG_FILE, header.kek_version, (header.log_wrapped,))]
+        if _last_mac(raw, (await ctx.keys.unwrap(run))[0][0], 0) is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        await ctx.in_thread(write_all, ctx.store, fd, raw, 0)
+        await ctx.in_threads([(ctx.store.fdatasync, fd), (ctx.store.fsync, where)])
+    finally:
+        ctx.store.close(fd)
+
+
+def _last_mac(raw: bytes, key: Buffer, durable: int) -> bytes | None:
+    """The MAC of the last frame of a log that is authentic to its end, None for any other."""
+    try:
+        good = authenticate(parse(raw), key)
+    except Damaged:
+        return None
+    lost = any(p is None and h.generation > durable for h, p in zip(good.heads, good.payloads, strict=True))
+    return None if lost or good.tail or not good.heads else good.heads[-1].mac
 
 
 def _copy_onto_itself(ctx: FsContext, fd: int, offset: int, length: int) -> None:

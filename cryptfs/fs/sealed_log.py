@@ -120,9 +120,12 @@ class Frame:
 
 
 class SealedLog:
-    """An open log that is appended to. `unsynced` says whether something was written since the last fdatasync."""
+    """An open log that is appended to. `unsynced` says whether something was written since the last fdatasync.
 
-    __slots__ = ("end", "fd", "header", "live_from", "prev_mac", "unsynced")
+    `torn`: what a failed append left may lie past the end; a clean unmount must not vouch for that.
+    """
+
+    __slots__ = ("end", "fd", "header", "live_from", "prev_mac", "torn", "unsynced")
 
     def __init__(self, fd: int, header: LogHeader, end: int, prev_mac: bytes) -> None:
         self.fd = fd
@@ -130,6 +133,7 @@ class SealedLog:
         self.end = end
         self.prev_mac = prev_mac
         self.unsynced = False
+        self.torn = False
         self.live_from = end
         """Size of the log when it was last one snapshot: growth past it decides about compaction."""
 
@@ -138,7 +142,13 @@ class SealedLog:
         cls, store: Store, dir_fd: int, name: bytes, header: LogHeader, mac_key: Buffer, frame: Frame
     ) -> SealedLog:
         """A new log with its first frame, in one write. Raises OSError; then no such file is left."""
-        fd = store.open(dir_fd, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            fd = store.open(dir_fd, name, flags)
+        except FileExistsError:
+            # What an attempt left that failed and could not be taken back either.
+            store.unlink(dir_fd, name)
+            fd = store.open(dir_fd, name, flags)
         encoded = header.encode()
         log = cls(fd, header, HEADER_BYTES, sha256(encoded))
         try:
@@ -146,7 +156,8 @@ class SealedLog:
             write_all(store, fd, encoded + head + frame.payload + foot, 0)
         except BaseException:
             store.close(fd)
-            store.unlink(dir_fd, name)
+            with suppress(OSError):
+                store.unlink(dir_fd, name)
             raise
         log._advance(head, frame)
         log.live_from = log.end
@@ -162,14 +173,23 @@ class SealedLog:
     def append(self, store: Store, mac_key: Buffer, frame: Frame) -> None:
         """One write past the end. Raises OSError; the log then ends where it did."""
         head, foot = self._frame(mac_key, DELTA, frame)
+        self.mend(store)
         self.unsynced = True
         try:
             write_all(store, self.fd, head + frame.payload + foot, self.end)
         except BaseException:
-            # A torn frame must not stay where a clean unmount would vouch for it.
-            store.ftruncate(self.fd, self.end)
+            self.torn = True
+            with suppress(OSError):
+                self.mend(store)
             raise
         self._advance(head, frame)
+
+    def mend(self, store: Store) -> None:
+        """Cut away what a failed append left past the end. Raises OSError."""
+        if self.torn:
+            store.ftruncate(self.fd, self.end)
+            self.torn = False
+            self.unsynced = True
 
     def rewrite(
         self, store: Store, dir_fd: int, name: bytes, mac_key: Buffer, header: LogHeader, frame: Frame
@@ -189,7 +209,8 @@ class SealedLog:
             store.rename(dir_fd, fresh, dir_fd, name)
         except BaseException:
             store.close(new.fd)
-            store.unlink(dir_fd, fresh)
+            with suppress(OSError):
+                store.unlink(dir_fd, fresh)
             raise
         store.close(self.fd)
         new.unsynced = False

@@ -90,7 +90,10 @@ class Volume:
         assert ctx.state is not None
         good = await self.files.commit_all()
         good = await self.files.sync_all() and good
-        await ctx.in_thread(store.syncfs, store.root())
+        await ctx.sync_everything()
+        if ctx.doubts:
+            log.error("the volume was not left clean: syncing it failed before, not everything was written again")
+            good = False
         for inode in self.inodes.with_files():
             if inode.file is not None and inode.file.unlinked:
                 # Somebody still has it open, on a mount that was detached: it ends with us.
@@ -98,7 +101,7 @@ class Volume:
         await self.reaper.flush()
         if not good:
             return False
-        await ctx.in_thread(store.syncfs, store.root())
+        await ctx.sync_everything()
         await ctx.in_thread(write_slot, store, ctx.state.ended(), ctx.farewell)
         return True
 

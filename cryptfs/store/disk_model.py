@@ -161,9 +161,14 @@ class Inode:
         self.content.apply(change)
         self.changes.append((change, Fate.PENDING))
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a sync failed: some of this may never reach the disk, whatever a later one says."""
+        return any(fate is Fate.IN_DOUBT for _, fate in self.changes)
+
     def make_content_durable(self) -> None:
         """The effect of a successful fdatasync."""
-        if any(fate is Fate.IN_DOUBT for _, fate in self.changes):
+        if self.in_doubt:
             self.changes = [(c, Fate.DURABLE if fate is Fate.PENDING else fate) for c, fate in self.changes]
         else:
             self.durable_content = self.content.copy()

@@ -239,7 +239,8 @@ class MemoryFiles:
             low, high = max(offset, start), min(end, start + SECTOR_BYTES)
             sector[low - start : high - start] = data[low - offset : high - offset]
             inode.change(SectorWritten(index, bytes(sector)))
-        if end > inode.content.size_bytes:
+        if end > inode.content.size_bytes or inode.in_doubt:
+            # When what lies past the size on disk is written back, the size follows.
             inode.change(Grown(end))
         self._touch(inode)
         return len(data)
