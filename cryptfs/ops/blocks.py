@@ -102,10 +102,11 @@ class BlockReader:
                     await self._deal_with(await self._fetch(extent, first, end), buffer)
                 return self.bad
             send, receive = trio.open_memory_channel[_Piece](2)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._fetch_all, pieces, send, nursery)
-                await self._deal_with_all(receive, buffer)
-                nursery.cancel_scope.cancel()
+            with receive:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._fetch_all, pieces, send, nursery)
+                    await self._deal_with_all(receive, buffer)
+                    nursery.cancel_scope.cancel()
         finally:
             self.ctx.give_buffer(buffer)
         if self._failure is not None:
@@ -113,15 +114,14 @@ class BlockReader:
         return self.bad
 
     async def _deal_with_all(self, receive: trio.MemoryReceiveChannel[_Piece], buffer: memoryview) -> None:
-        async with receive:
-            try:
-                async for piece in receive:
-                    await self._deal_with(piece, buffer)
-                    if self._strict and self.bad.ranges:
-                        return
-            except (OSError, CryptfsError) as error:
-                # Raised once the nursery is closed, which would wrap it.
-                self._failure = error
+        try:
+            async for piece in receive:
+                await self._deal_with(piece, buffer)
+                if self._strict and self.bad.ranges:
+                    return
+        except (OSError, CryptfsError) as error:
+            # Raised once the nursery is closed, which would wrap it.
+            self._failure = error
 
     async def _fetch_all(
         self, pieces: list[tuple[Extent, int, int]], send: trio.MemorySendChannel[_Piece], nursery: trio.Nursery

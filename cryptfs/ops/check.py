@@ -160,7 +160,8 @@ class Check:
                 try:
                     fd = store.open(level.ref.fd, spot.name, os.O_RDONLY | os.O_DIRECTORY)
                 except OSError as error:
-                    self._unreadable(path, spot, child, error)
+                    if not self._is_gone(level.ref, spot.name, child.seen.st.st_ino):
+                        self._unreadable(path, spot, child, error)
                     continue
                 await self._enter(levels, DirRef(store, fd), spot, path, child.entry.log_id, send)
             await self._flush(send)
@@ -183,7 +184,8 @@ class Check:
         try:
             found = await self._look(ref, path, spot.below, dir_id)
         except (Damaged, OSError) as error:
-            await self._lost(ref, spot, path, dir_id, error)
+            if len(levels) < 2 or not self._is_gone(levels[-2].ref, spot.name, self.ctx.store.fstat(ref.fd).st_ino):
+                await self._lost(ref, spot, path, dir_id, error)
             return
         for finding in found.findings():
             self.add(finding)
@@ -210,6 +212,15 @@ class Check:
         if isinstance(error, Damaged):
             self.lost_dirs.append(LostDir(spot, path, dir_id, finding))
         await self._claim_below(ref.fd)
+
+    def _is_gone(self, ref: DirRef, name: bytes, ino: int) -> bool:
+        """Whether a directory of a mounted volume was removed or renamed since it was seen."""
+        if not self.live:
+            return False
+        try:
+            return self.ctx.store.lstat(ref.fd, name).st_ino != ino
+        except OSError:
+            return True
 
     def _unreadable(self, path: bytes, spot: Spot, child: Placed, error: OSError) -> None:
         self.complete = False

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +106,45 @@ def test_refusals(filled: Box, tmp_path: Path) -> None:
     box.run("export", box.vault, "/none", tmp_path / "x", code=2)
     box.run("export", box.vault, "/", box.vault / "x", code=2)
     box.run("check", box.vault, code=13, env={"CRYPTFS_PASSPHRASE": "wrong"})
+
+
+def test_a_volume_that_is_written_to_meanwhile_is_not_damaged(box: Box) -> None:
+    box.mount()
+    stop = threading.Event()
+    failures: list[OSError] = []
+
+    def write() -> None:
+        rng, top, number = random.Random(3), box.clear, 0
+        with (top / "log").open("ab", buffering=0) as log:
+            while not stop.is_set():
+                number += 1
+                directory = top / f"d{rng.randrange(3)}"
+                try:
+                    directory.mkdir(exist_ok=True)
+                    (directory / "new").write_bytes(rng.randbytes(20_000))
+                    (directory / "new").rename(directory / f"f{rng.randrange(4)}")
+                    log.write(rng.randbytes(3000))
+                    with (top / "over").open("r+b" if number > 1 else "wb") as over:
+                        over.seek(rng.randrange(60_000))
+                        over.write(rng.randbytes(9000))
+                        over.truncate(rng.randrange(1, 70_000))
+                    (top / f"s{number}").symlink_to("x" * rng.randrange(1, 50))
+                    (top / f"s{max(1, number - 3)}").unlink(missing_ok=True)
+                    if number % 5 == 0:
+                        shutil.rmtree(directory)
+                except OSError as error:
+                    failures.append(error)
+                    return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        found = [report(box, "--deep") for _ in range(3)]
+    finally:
+        stop.set()
+        writer.join()
+    assert failures == []
+    assert [each["result"] for each in found] == ["clean"] * 3
+    assert report(box, "--deep")["busy"] == []
+    box.umount()
+    assert report(box, "--deep")["findings"] == []

@@ -167,3 +167,29 @@ async def test_a_full_disk_below_the_copy_is_said(lab: Lab, tmp_path: Path, monk
     with pytest.raises(OSError, match="No space left"):
         await export(lab, "/docs/a", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+async def test_a_long_copy_onto_a_full_disk(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy fails while the next pieces are on their way."""
+    store = lab.store()
+    volume = await lab.sample.open(store)
+    attr, file = await volume.names.create(volume.root, b"long", 0o600, OWN)
+    attr.inode.lookups += 1
+    for at in range(6):
+        await file.write(at << 20, bytes(1 << 20))
+    await volume.files.release(attr.inode)
+    await volume.close()
+    store.close_store()
+    real, calls = os.pwrite, 0
+
+    def full_after_two(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise OSError(28, "No space left on device")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full_after_two)
+    with pytest.raises(OSError, match="No space left"):
+        await export(lab, "/long", tmp_path / "long")
+    assert not (tmp_path / "long").exists()
