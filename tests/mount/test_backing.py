@@ -98,8 +98,8 @@ def test_overwriting_on_a_full_disk_keeps_what_was_synced(small: Box) -> None:
         with suppress(OSError):  # it may have something to say, or not
             os.close(fd)
     small.kill_daemon()
-    (small.vault / "tree").stat()
     small.mount()
+    (clear / "large").unlink()  # what a crash left is settled with a frame, and that needs room
     found = (clear / "before").read_bytes()
     assert len(found) in (len(CONTENT * 10), 900_000)
     blocks = {found[at : at + 16384] for at in range(0, 900_000, 16384)}
@@ -180,6 +180,9 @@ def test_a_disk_that_becomes_read_only(root: None, template: Path, short_tmp: Pa
             box.mount()
             write_synced(box.clear / "before", CONTENT)
             with (box.clear / "before").open("r+b", buffering=0) as opened:
+                drop_pages(box.clear / "before")
+                assert opened.read() == CONTENT
+                opened.seek(0)
                 # As after an error of the disk: ext4 gives up writing, whoever has files open.
                 subprocess.run(["mount", "-o", "remount,abort", device, box.vault], check=False)
                 with refused(errno.EROFS, errno.EIO):
@@ -196,9 +199,7 @@ def test_a_disk_that_becomes_read_only(root: None, template: Path, short_tmp: Pa
                 drop_quietly(opened.fileno())
                 assert (box.clear / "before").stat().st_size == len(CONTENT)
                 assert os.pread(opened.fileno(), len(CONTENT) + 1, 0) == CONTENT
-            pid = box.daemon_pid
             box.umount()
-            assert not os.path.exists(f"/proc/{pid}")
             assert "not left clean" in box.log()
             assert "Traceback" not in box.log()
 

@@ -155,3 +155,26 @@ def test_a_file_opened_with_o_trunc_is_empty_for_good(mounted: Box) -> None:
     assert [path.read_bytes() for path in paths] == [b"", b"short", b""]
     mounted.remount()
     assert [path.read_bytes() for path in paths] == [b"", b"short", b""]
+
+
+@pytest.mark.parametrize("how", ["truncate", "overwrite", "append", "fsync"])
+def test_the_time_of_the_last_change_is_the_programs(mounted: Box, how: str) -> None:
+    """What the daemon does to the data file at the next sync or unmount does not count."""
+    paths = [mounted.clear / name for name in ("now", "set")]
+    for path in paths:
+        path.write_bytes(b"content" * 10_000)
+    mounted.remount()
+    for path in paths:
+        with path.open("r+b", buffering=0) as out:
+            if how == "truncate":
+                os.ftruncate(out.fileno(), 5)
+            else:
+                out.seek(0, os.SEEK_END if how == "append" else os.SEEK_SET)
+                out.write(b"changed" * 3000)
+            if how == "fsync":
+                os.fsync(out.fileno())
+    os.utime(paths[1], ns=(1, 1_000_000_007))
+    before = [path.stat().st_mtime_ns for path in paths]
+    assert before[1] == 1_000_000_007
+    mounted.remount()
+    assert [path.stat().st_mtime_ns for path in paths] == before
