@@ -24,7 +24,7 @@ from cryptfs.fs.context import FsContext, log, sidecar_name
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.newborn import rebuild_directory
 from cryptfs.fs.symlink import decode_target_text
-from cryptfs.names import DIR_LOG, sealed_from_tree, tree_name
+from cryptfs.names import DIR_LOG, is_long, sealed_from_tree, tree_name
 from cryptfs.ports import Store
 from cryptfs.types import ID_BYTES, Kind
 
@@ -167,10 +167,12 @@ class _Judge:
         self.nameless: list[bytes] = []
         self.newborn_dirs: list[tuple[bytes, bytes]] = []
         self._ids: dict[int, bytes] = {}
+        # A long name that the log has let go of already, and the tree has not.
+        self._long_names = {tree_name(sealed): sealed for sealed in node.bindings if is_long(sealed)}
 
     def entry(self, name: bytes, found: Found, recorded: Entry | None) -> Entry | None:
         """The entry as the tree has it; None for a nameless one. Raises `Damaged` for what may not be there."""
-        sealed = recorded.sealed if recorded is not None else sealed_from_tree(name)
+        sealed = recorded.sealed if recorded is not None else sealed_from_tree(name) or self._long_names.get(name)
         if sealed is None:
             if name.startswith(b"~") and self._is_new(found):
                 self.nameless.append(name)
