@@ -53,15 +53,10 @@ def with_volume(cipher_dir: Path, sources: passphrase.Sources, work: Work[T], *,
     Raises `NotAVolume`, `VolumeDamaged`, `WrongSecret`, `AgentUnavailable`, `VolumeBusy` (if `exclusive`: it is
     mounted), and what `work` raises.
     """
+    from cryptfs.agent.hardening import harden
     from cryptfs.cli import key_agent
     from cryptfs.cli.unlock import unlock_volume
-    from cryptfs.daemon.process import harden
 
-    harden()
-    os.umask(0)  # modes are those of the volume's entries
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    _say_what_is_settled(aloud=exclusive)
     cipher_dir = Path(os.path.realpath(cipher_dir))
     volume_file = read_volume_file(cipher_dir)
     volume_id = config_of(volume_file).volume_id
@@ -71,6 +66,12 @@ def with_volume(cipher_dir: Path, sources: passphrase.Sources, work: Work[T], *,
     if daemon is not None and exclusive:
         raise VolumeBusy(f"the volume is mounted on {daemon.mountpoint}")
     unlocked_here = unlock_volume(cipher_dir, sources)
+    # Only now: an agent that was just started inherits none of this.
+    harden()
+    os.umask(0)  # modes are those of the volume's entries
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _say_what_is_settled(aloud=exclusive)
 
     async def run() -> T:
         async with _reached(cipher_dir, volume_file, daemon, keep=not unlocked_here, exclusive=exclusive) as reached:
