@@ -20,6 +20,7 @@ from cryptfs.store.disk_model import Order
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.volumes import SampleVolume
+from cryptfs.types import Kind
 from tests.fs.tree import Tree, errno_of
 
 BLOCK = 4096
@@ -140,6 +141,9 @@ class Run:
         self.files[self.at[old]].names.add(new)
         await self.tree.link(old, new)
 
+    async def symlink(self, path: bytes) -> None:
+        await self.tree.symlink(b"target of " + path, path)
+
     async def move_into_new_dir(self, path: bytes) -> None:
         self.made += 1
         above = b"new%d" % self.made
@@ -160,13 +164,14 @@ class Run:
         paths = sorted(self.at)
         path = self.rng.choice(paths)
         others = [p for p in paths if p != path]
-        fresh = b"n%d" % self.made
+        fresh = b"n%d" % self.made + (b"." * 200 if self.rng.random() < 0.25 else b"")
         choices: list[tuple[float, str, Callable[[], Awaitable[None]]]] = [
             (3, f"change {path!r}", lambda: self.change(path)),
             (2, f"fsync {path!r}", lambda: self.fsync(path)),
             (1, f"create d/{fresh!r}", lambda: self.create(b"d/" + fresh)),
             (1, f"create {fresh!r}", lambda: self.create(fresh)),
             (1, f"rename {path!r} d/{fresh!r}", lambda: self.rename(path, b"d/" + fresh)),
+            (1, "symlink", lambda: self.symlink(fresh)),
             (1, f"link {path!r}", lambda: self.link(path, b"l" + fresh)),
             (1, f"move {path!r} into a new directory", lambda: self.move_into_new_dir(path)),
         ]
@@ -185,7 +190,17 @@ class Run:
         return {who: known.copy() for who, known in self.files.items()}
 
 
-async def check(tree: Tree, expected: dict[bytes, Known]) -> dict[bytes, bytes]:
+async def check_symlink(tree: Tree, path: bytes, *, synced: bool) -> None:
+    """One that was synced has its target; another may have lost it, which shows as damage of it alone."""
+    try:
+        target = await tree.readlink(path)
+    except Damaged:
+        assert not synced
+    else:
+        assert target == b"target of " + path
+
+
+async def check(tree: Tree, expected: dict[bytes, Known], synced: frozenset[bytes] = frozenset()) -> dict[bytes, bytes]:
     """Everything in the tree, after checking it against what may be there."""
     found: dict[bytes, bytes] = {}
     todo = [b""]
@@ -194,8 +209,10 @@ async def check(tree: Tree, expected: dict[bytes, Known]) -> dict[bytes, bytes]:
         for name in await tree.names(above):
             path = above + b"/" + name if above else name
             attr = await tree.lookup(path)
-            if attr.inode.kind == 2:
+            if attr.inode.kind == Kind.DIR:
                 todo.append(path)
+            elif attr.inode.kind == Kind.SYMLINK:
+                await check_symlink(tree, path, synced=name in synced)
             else:
                 found[path] = await tree.read(path)
                 assert attr.size == len(found[path])
@@ -289,6 +306,24 @@ async def test_a_power_cut_between_any_two_calls_loses_nothing_acknowledged(orde
             for survivor in survivors(moment, run.rng, 4):
                 await recovered(run, survivor, expected)
             moment.close_store()
+
+
+@pytest.mark.parametrize("order", [Order.DIRECTORY, Order.JOURNAL])
+async def test_a_synced_symlink_has_its_target(order: Order) -> None:
+    store = MemoryStore(order=order)
+    tree = await Tree.make(store)
+    run = Run(tree, random.Random(5))
+    await run.symlink(b"synced")
+    await tree.fsync(b"")
+    await run.symlink(b"later")
+    for survivor in survivors(store, run.rng, 20):
+        left = Tree(survivor, tree.sample, await tree.sample.open(survivor))
+        assert b"synced" in await left.names()
+        await check(left, {}, frozenset({b"synced"}))
+        await left.finish()
+        survivor.close_store()
+    await tree.finish()
+    store.close_store()
 
 
 @pytest.mark.slow
