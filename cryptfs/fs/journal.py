@@ -284,6 +284,7 @@ class Journal:
             header = decode_data_header(raw_header)
             if header.file_id != state.file_id:
                 raise Damaged("id-mismatch", "the data file is another file's")
+            ctx.check_header(await ctx.volume_key(), header)
             born = header.born
         else:
             raw_header = b""
@@ -292,7 +293,9 @@ class Journal:
         try:
             fd = store.open(where, name, mode)
         except FileNotFoundError:
-            await self._load_newborn(born, data_size, raw_header)
+            if not (ctx.forgives(born) if raw_header else ctx.crashed_before):
+                raise Damaged("missing-sidecar") from None
+            await restart_newborn(self, data_size)
             return
         try:
             parsed = self.owner.sidecar_read_ahead()
@@ -312,21 +315,12 @@ class Journal:
                 store.close(fd)
             raise
 
-    async def _load_newborn(self, born: int, data_size: int, raw_header: bytes) -> None:
-        """No sidecar: a creation that a crash cut short, or damage."""
-        if raw_header:
-            header = decode_data_header(raw_header)
-            self.ctx.check_header(await self.ctx.volume_key(), header)
-        if not (self.ctx.forgives(born) if raw_header else self.ctx.crashed_before):
-            raise Damaged("missing-sidecar")
-        await restart_newborn(self, data_size)
-
     async def _adopt(self, fd: int, replayed: Replay, data_size: int, born: int, *, has_header: bool) -> None:
         ctx, state = self.ctx, self.state
         self._open_twin()
         last = replayed.heads[-1].generation if replayed.heads else born
         if ctx.state is not None and epoch_of(last) < ctx.state.epoch and ctx.crashed_since(last):
-            await recover(self, fd, replayed, data_size, has_header=has_header)
+            await recover(self, fd, replayed, data_size, born=born if has_header else None)
             return
         if not replayed.heads:
             raise Damaged("frame", "no intact frame")

@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 _CHECK_BLOCKS = 64
 
 
-async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *, has_header: bool) -> None:
-    """Choose the prefix, adopt it, settle it. Raises `Damaged` if something acknowledged is missing."""
+async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *, born: int | None) -> None:
+    """Choose the prefix, adopt it, settle it. Raises `Damaged` if something acknowledged is missing.
+
+    `born`: the generation in the data file's header, authenticated; None if it has no header.
+    """
+    has_header = born is not None
     ctx, state = journal.ctx, journal.state
     # Epochs that ended cleanly left everything durable; so did every mount for what came before it, once it was
     # settled.
@@ -54,6 +58,9 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *
         if least:
             blocks, size = build_map(replayed, least, block_size)
             keep = least
+        elif born is not None and not ctx.forgives(born):
+            # It was there, with at least one frame, when an epoch ended cleanly.
+            raise Damaged("frame", "no intact frame")
         else:
             # Not one frame holds, and none was ever acknowledged: the file is as it was at its birth, empty.
             await restart_newborn(journal, data_size)

@@ -36,7 +36,6 @@ from cryptfs.fs.context import write_all
 from cryptfs.ports import Store
 from cryptfs.types import Buffer
 
-
 _SPARSE_MIN_BYTES = 16 << 20
 
 
