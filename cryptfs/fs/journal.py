@@ -11,6 +11,7 @@ state, whatever `durable_up_to` says.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Protocol
@@ -20,6 +21,7 @@ import trio
 from cryptfs.blocks.extents import HOME_TWIN, LOGGED, ExtentMap
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
+from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.format.log import KIND_FILE, LogHeader
 from cryptfs.format.sidecar import SidecarPayload
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
@@ -291,7 +293,7 @@ class Journal:
         where, name = ctx.sidecar_dir(state.file_id), sidecar_name(state.file_id)
         mode = os.O_RDWR if state.writable else os.O_RDONLY
         try:
-            fd = store.open(where, name, mode)
+            fd = self._open_sidecar(where, name, mode)
         except FileNotFoundError:
             if not (ctx.forgives(born) if raw_header else ctx.crashed_before):
                 raise Damaged("missing-sidecar") from None
@@ -314,6 +316,20 @@ class Journal:
             if self.log is None or self.log.fd != fd:
                 store.close(fd)
             raise
+
+    def _open_sidecar(self, where: int, name: bytes, mode: int) -> int:
+        """Its descriptor. After a crash a sidecar whose header never reached the disk counts as missing: ENOENT."""
+        store = self.ctx.store
+        fd = store.open(where, name, mode)
+        try:
+            if self.ctx.crashed_before:
+                header = store.pread(fd, LOG_HEADER_BYTES, 0)
+                if len(header) < LOG_HEADER_BYTES or not any(header):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        except BaseException:
+            store.close(fd)
+            raise
+        return fd
 
     async def _adopt(self, fd: int, replayed: Replay, data_size: int, born: int, *, has_header: bool) -> None:
         ctx, state = self.ctx, self.state
