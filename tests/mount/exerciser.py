@@ -33,10 +33,10 @@ class Exerciser:
             (self.replace, 1), (self.open_cut, 3),
         ]  # fmt: skip
         calls, weights = zip(*weighted, strict=True)
-        every = count // 2 if self.remount else count + 1
-        for number in range(1, count + 1):
+        remount_at = count * 2 // 3 if self.remount else -1
+        for number in range(count):
             self.rng.choices(calls, weights)[0]()
-            if number % every == 0:
+            if number == remount_at:
                 self.remounted()
         self.sync()
         self.drop()

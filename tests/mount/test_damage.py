@@ -314,34 +314,32 @@ def test_damage_done_while_it_is_mounted(mounted: Box) -> None:
     assert (mounted.clear / "fine").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("slot", [0, 1])
-def test_either_slot_of_the_state_is_enough(mounted: Box, slot: int) -> None:
+def test_either_slot_of_the_state_is_enough(mounted: Box) -> None:
     (mounted.clear / "file").write_bytes(CONTENT)
-    mounted.umount()
-    flip(mounted.vault / "state", slot * SLOT_BYTES + 17)
-    mounted.mount()
-    assert (mounted.clear / "file").read_bytes() == CONTENT
+    for slot in (0, 1):
+        mounted.umount()
+        flip(mounted.vault / "state", slot * SLOT_BYTES + 17)
+        mounted.mount()
+        assert (mounted.clear / "file").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("what", ["gone", "empty", "cut", "too long", "both slots"])
+@pytest.mark.parametrize("what", ["gone", "cut", "both slots"])
 def test_a_damaged_state(box: Box, what: str) -> None:
     state = box.vault / "state"
     if what == "gone":
         state.unlink()
-    elif what == "too long":
-        grow(state)
     elif what == "both slots":
         flip(state, 17)
         flip(state, SLOT_BYTES + 100)
     else:
-        cut(state, {"empty": 0, "cut": 100}[what])
+        cut(state, 100)
     said = box.mount(code=11)
     assert said.startswith("error: ")
     assert "hint: " in said
     assert not box.is_mounted
 
 
-@pytest.mark.parametrize("what", ["tree/.dir", "tree", "sidecars", "sidecars/7f", "tmp"])
+@pytest.mark.parametrize("what", ["tree/.dir", "tree", "sidecars/7f"])
 def test_a_part_of_the_volume_is_missing(box: Box, what: str) -> None:
     path = box.vault / what
     shutil.rmtree(path) if path.is_dir() else path.unlink()
