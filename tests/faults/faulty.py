@@ -17,9 +17,9 @@ READING = frozenset({"pread", "preadv", "lstat", "listdir", "readlink"})
 REMOVING = frozenset({"unlink", "rmdir"})
 SYNCING = frozenset({"fsync", "fdatasync", "syncfs"})
 WRITING = frozenset({"pwrite", "pwritev"})
-GROWING = WRITING | {"open", "ftruncate", "mkdir", "link", "symlink", "mknod"}
-"""What may find the disk full."""
-CHANGING = GROWING | REMOVING | SYNCING | {"rename", "chmod", "fchmod", "chown", "fchown", "utimens", "futimens"}
+FULL = WRITING | {"ftruncate", "mkdir", "link", "symlink", "mknod"}
+"""What finds a disk full, at the latest: making an inode may still work."""
+CHANGING = FULL | REMOVING | SYNCING | {"open", "rename", "chmod", "fchmod", "chown", "fchown", "utimens", "futimens"}
 ALL = CHANGING | READING
 
 

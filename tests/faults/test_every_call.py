@@ -2,178 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import errno
-import logging
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Callable, Iterable
+from itertools import chain, count
 
 import pytest
 
-from cryptfs.fs.epoch import read_state
-from cryptfs.store.memory import MemoryStore
-from cryptfs.testing.volumes import SampleVolume
-from cryptfs.types import Purpose
-from tests.faults.driver import Driver
-from tests.faults.faulty import Faults
-from tests.faults.workload import BLOCK, Handles, Model, Step, prepare, workload
-
-CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-TRIES = 3
-
-
-@pytest.fixture(autouse=True)
-def _nothing_unexpected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Errors are logged, as they should be; none of them is one that nobody thought of."""
-    caplog.set_level(logging.WARNING, "cryptfs")
-    yield
-    assert not [r.getMessage() for r in caplog.records if "unexpectedly" in r.getMessage()]
-
-
-_PREPARED: tuple[MemoryStore, SampleVolume, Model] | None = None
-"""A volume left clean, its secrets, and what is in it: made once, copied by every run."""
-
-
-async def _prepare() -> None:
-    global _PREPARED  # noqa: PLW0603 - made once
-    store, sample, model = MemoryStore(), SampleVolume(block_size=BLOCK), Model()
-    await sample.create(store)
-    driver = await Driver.mount(store, sample)
-    await prepare(driver, model)
-    assert await driver.unmount()
-    model.acknowledge_all()
-    store.close_store()
-    _PREPARED = store, sample, model
-
-
-@dataclass
-class Run:
-    """One run of the workload on a store that fails."""
-
-    driver: Driver
-    model: Model
-    faults: Faults
-    handles: Handles = field(default_factory=dict)
-    done: list[str] = field(default_factory=list)
-    failed: int = 0
-
-    @classmethod
-    async def start(cls) -> Run:
-        if _PREPARED is None:
-            await _prepare()
-        assert _PREPARED is not None
-        store, sample, model = _PREPARED
-        own = store.killed()
-        return cls(await Driver.mount(own, sample), copy.deepcopy(model), Faults(own))
-
-    @property
-    def store(self) -> MemoryStore:
-        return cast("MemoryStore", self.driver.store)
-
-    async def run(self) -> None:
-        for step in workload():
-            await self.take(step)
-
-    async def take(self, step: Step) -> None:
-        """Until it succeeds; at last without faults. A call that failed has changed nothing."""
-        for attempt in range(TRIES):
-            before = len(self.faults.hits)
-            hit = await self.attempt(step)
-            if hit is None:
-                return
-            self.failed += 1
-            assert len(self.faults.hits) > before, f"{step.what} failed with {errno.errorcode[hit]} all by itself"
-            assert errno.errorcode[hit] in {h.split(": ")[1] for h in self.faults.hits[before:]}, (
-                f"{step.what} said {errno.errorcode[hit]}, the store said {self.faults.hits[before:]}"
-            )
-            if attempt == 0:
-                with self.faults.paused():
-                    await self.compare(f"after {step.what} failed with {errno.errorcode[hit]}")
-        with self.faults.paused():
-            assert await self.attempt(step) is None, f"{step.what} fails without any fault"
-
-    async def attempt(self, step: Step) -> int | None:
-        """The errno, None if it succeeded."""
-        self.done.append(step.what)
-        try:
-            await step.do(self.driver, self.handles)
-        except OSError as error:
-            self.done[-1] += f" -> {errno.errorcode[error.errno or 0]}"
-            return error.errno or 0
-        step.then(self.model)
-        return None
-
-    async def compare(self, when: str) -> None:
-        """The tree is what the model says."""
-        found, expected = await self.driver.snapshot(), self.model.snapshot()
-        for path in sorted(found.keys() | expected.keys()):
-            assert found.get(path, "absent") == expected.get(path, "absent"), f"{when}: {path!r}"
-
-    async def check_power_cut(self, rng: random.Random, limit: int) -> int:
-        """What a power cut now would leave holds everything acknowledged."""
-        states = 0
-        for survivor in self.store.crash_states(rng, limit):
-            other = await Driver.mount(survivor, self.driver.sample)
-            self.model.check_after_crash(await other.snapshot())
-            other.kill()
-            survivor.close_store()
-            states += 1
-        return states
-
-    async def finish(self, rng: random.Random) -> None:
-        """Healed: everything can be synced, the volume is left clean, and what was acknowledged is there."""
-        self.faults.heal()
-        for fh in self.handles.values():
-            await self.driver.close(fh)
-        self.handles.clear()
-        await self.compare("healed")
-        for path, node in self.model.at.items():
-            if node.is_dir:
-                await self.driver.fsyncdir(path)
-            elif isinstance(node.now, bytes) and not node.now.startswith(b"-> "):
-                fh = await self.driver.open(path)
-                await self.driver.fsync(fh)
-                await self.driver.close(fh)
-        await self.driver.fsyncdir(b"")
-        self.model.acknowledge_all()
-        assert await self.check_power_cut(rng, 2)
-        await self.driver.volume.files.settle()
-        left_clean = await self.driver.unmount()
-        # What closed files wrote before the whole file system could not be synced, nobody can vouch for.
-        assert left_clean != any(hit.startswith("syncfs") for hit in self.faults.hits), "not left clean"
-        assert self.store.open_descriptors() == 0
-        await self.check_left(clean=left_clean)
-        self.store.close_store()
-
-    async def check_left(self, *, clean: bool) -> None:
-        sample = self.driver.sample
-        key = sample.kek.unwrap(bytes(16), Purpose.VOLUME, 1, sample.config.volume_key_wrapped)
-        assert key is not None
-        state = read_state(self.store, sample.volume_id, key)
-        assert (state.clean, state.unclean) == (clean, ())
-        self.driver = await Driver.mount(self.store, sample)
-        await self.compare("after a remount")
-        assert await self.driver.unmount()
-        assert self.store.open_descriptors() == 0
-
-
-async def run_with(plan: object, seed: int, *, cut: bool) -> Run:
-    """The workload under `plan(faults)`; with `cut`, a power cut right after it, before anything is healed."""
-    run = await Run.start()
-    rng = random.Random(seed)
-    plan(run.faults)  # type: ignore[operator]
-    try:
-        await run.run()
-        if cut:
-            with run.faults.paused():
-                await run.check_power_cut(rng, 2)
-        await run.finish(rng)
-    except BaseException as error:
-        error.add_note(f"seed {seed}; faults: {run.faults.hits}; done: {', '.join(run.done[-6:])}")
-        raise
-    return run
+from tests.faults.faulty import FULL, Faults
+from tests.faults.run import CODES, Run, run_with
+from tests.faults.workload import BLOCK, Step, workload
 
 
 async def test_without_faults() -> None:
@@ -182,25 +20,74 @@ async def test_without_faults() -> None:
     assert len(run.done) == len(workload())
 
 
-@pytest.mark.parametrize("part", range(8))
-@pytest.mark.parametrize("code", CODES, ids=lambda code: errno.errorcode[code])
+async def sweep(ks: Iterable[int], plan: Callable[[Faults, int], None], *, cut_every: int = 4) -> int:
+    """Runs with fault number k, for every k until there is no call of that number; how many met a fault."""
+    for runs, k in enumerate(ks):
+        run = await run_with(lambda f: plan(f, k), k, cut=not k % cut_every)  # noqa: B023
+        if not run.faults.hits:
+            return runs
+    raise AssertionError("more calls than were tried")
+
+
+PARTS = 8
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 async def test_the_kth_call_fails(code: int, part: int) -> None:
-    k = part + 1
-    while True:
-        run = await run_with(lambda f: f.fail_once(k, code), k, cut=True)  # noqa: B023
-        if not run.faults.hits:
-            break
-        k += 8
-    assert k > 100
+    runs = await sweep(count(part + 1, PARTS), lambda f, k: f.fail_once(k, code))
+    assert runs > 150 / PARTS
 
 
-@pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("code", CODES, ids=lambda code: errno.errorcode[code])
-async def test_every_kth_call_fails(code: int, part: int) -> None:
-    k = part + 1
-    while True:
-        run = await run_with(lambda f: f.fail_every(k, code), k, cut=True)  # noqa: B023
-        if not run.faults.hits:
-            break
-        k += 4 if k < 40 else 32
-    assert k > 100
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+async def test_every_kth_call_fails(code: int) -> None:
+    runs = await sweep(chain(range(1, 12), count(12, 13)), lambda f, k: f.fail_every(k, code))
+    assert runs > 20
+
+
+@pytest.mark.parametrize("count_bytes", [1, 700, BLOCK, BLOCK + 1])
+async def test_the_disk_is_full_in_the_middle_of_a_write(count_bytes: int) -> None:
+    runs = await sweep(count(1), lambda f, k: f.shorten_once(k, count_bytes, errno.ENOSPC))
+    assert runs > 40
+
+
+@pytest.mark.parametrize("count_bytes", [1, BLOCK + 1])
+async def test_a_short_write_is_continued(count_bytes: int) -> None:
+    for k in range(1, 80, 3):
+        run = await run_with(lambda f: f.shorten_once(k, count_bytes, 0), k, cut=False)  # noqa: B023
+        assert run.failed == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+async def test_a_disk_that_is_full_until_there_is_room(code: int) -> None:
+    """From some moment on nothing grows, but removing works; then there is room again."""
+    steps = workload()
+    for first in range(0, len(steps), 3):
+        run = await Run.start()
+        try:
+            for step in steps[:first]:
+                assert await run.attempt(step) is None
+            run.faults.fail_every(1, code, FULL)
+            skipped: list[Step] = []
+            for step in steps[first:]:
+                await run.while_full(step, code, skipped)
+            run.faults.heal()
+            await run.compare("full")
+            for step in skipped:
+                assert await run.attempt(step) is None, f"{step.what} fails though there is room"
+            await run.finish(random.Random(first))
+        except BaseException as error:
+            error.add_note(f"first {first}; faults: {run.faults.hits[-8:]}; done: {', '.join(run.done[-6:])}")
+            raise
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("kinds", ["every", "once", "short"])
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+async def test_every_call_at_every_distance(code: int, kinds: str) -> None:
+    plans: dict[str, Callable[[Faults, int], None]] = {
+        "every": lambda f, k: f.fail_every(k, code),
+        "once": lambda f, k: f.fail_once(k, code),
+        "short": lambda f, k: f.shorten_once(k, 1 + k * 97 % 9000, code),
+    }
+    assert await sweep(count(1), plans[kinds], cut_every=1) > 40

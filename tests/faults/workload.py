@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,14 +107,18 @@ def _brief(content: bytes | None) -> str:
     return "nothing" if content is None else f"{len(content)} bytes, {content[:12]!r}…"
 
 
-Handles = dict[str, Any]
+Handles = dict[bytes, Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """`do` is the call; `then` what the model becomes if it succeeds. `frees`: it gives room, so it works when full."""
+    """`do` is the call; `then` what the model becomes if it succeeds. `frees`: it gives room, so it works when full.
+
+    `touches`: the top of each path it concerns; steps that have none in common can change places.
+    """
 
     what: str
+    touches: frozenset[bytes]
     do: Callable[[Driver, Handles], Awaitable[None]]
     then: Callable[[Model], None]
     frees: bool = False
@@ -126,112 +130,143 @@ def pattern(seed: int, count: int) -> bytes:
     return (unit * (count // len(unit) + 1))[seed : seed + count].ljust(count, b".")
 
 
-def workload() -> list[Step]:  # noqa: C901, PLR0915 - a script, not a decision
-    """About fifty operations, on the tree that `prepare` makes."""
-    steps: list[Step] = []
+class _Script:
+    """Collects steps; handles are known by the path they were opened by."""
 
-    def step(what: str, do: Callable[[Driver, Handles], Awaitable[None]], then: Callable[[Model], None], *,
-             frees: bool = False) -> None:  # fmt: skip
-        steps.append(Step(what, do, then, frees))
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
 
-    def nothing(_: Model) -> None:
-        pass
+    def step(
+        self, what: str, paths: Sequence[bytes], do: Callable[[Driver, Handles], Awaitable[None]],
+        then: Callable[[Model], None] | None = None, *, frees: bool = False,
+    ) -> None:  # fmt: skip
+        tops = frozenset(path.partition(b"/")[0] for path in paths)
+        self.steps.append(Step(f"{what} {b' '.join(paths)[:60]!r}", tops, do, then or _nothing, frees))
 
-    def create(h: str, path: bytes) -> None:
+    def create(self, path: bytes) -> None:
         async def do(d: Driver, handles: Handles) -> None:
-            handles[h] = await d.create(path)
+            handles[path] = await d.create(path)
 
-        step(f"create {path[:20]!r}", do, lambda m: m.add(path))
+        self.step("create", [path], do, lambda m: m.add(path))
 
-    def open_(h: str, path: bytes, flags: int = os.O_RDWR) -> None:
+    def open(self, path: bytes, flags: int = os.O_RDWR) -> None:
         async def do(d: Driver, handles: Handles) -> None:
-            handles[h] = await d.open(path, flags)
+            handles[path] = await d.open(path, flags)
 
-        step(f"open {path!r}", do, (lambda m: m.cut(path, 0)) if flags & os.O_TRUNC else nothing)
+        self.step("open", [path], do, (lambda m: m.cut(path, 0)) if flags & os.O_TRUNC else _nothing)
 
-    def write(h: str, path: bytes, offset: int, data: bytes) -> None:
-        step(f"write {path!r} {offset}+{len(data)}", lambda d, handles: d.write(handles[h], offset, data),
-             lambda m: m.put(path, offset, data))  # fmt: skip
+    def write(self, path: bytes, offset: int, data: bytes) -> None:
+        self.step(f"write {offset}+{len(data)}", [path], lambda d, handles: d.write(handles[path], offset, data),
+                  lambda m: m.put(path, offset, data))  # fmt: skip
 
-    def fsync(h: str, path: bytes, *, data_only: bool = False) -> None:
-        step(f"fsync {path!r}", lambda d, handles: d.fsync(handles[h], data_only=data_only),
-             lambda m: m.acknowledge(path))  # fmt: skip
+    def fsync(self, path: bytes, *, data_only: bool = False) -> None:
+        self.step("fsync", [path], lambda d, handles: d.fsync(handles[path], data_only=data_only),
+                  lambda m: m.acknowledge(path))  # fmt: skip
 
-    def close(h: str) -> None:
+    def close(self, path: bytes) -> None:
         async def do(d: Driver, handles: Handles) -> None:
-            await d.close(handles.pop(h))
+            await d.close(handles.pop(path))
 
-        step(f"close {h}", do, nothing)
+        self.step("close", [path], do)
 
-    def truncate(path: bytes, size: int) -> None:
-        step(f"truncate {path!r} {size}", lambda d, _: d.truncate(path, size), lambda m: m.cut(path, size))
+    def truncate(self, path: bytes, size: int) -> None:
+        self.step(f"truncate {size}", [path], lambda d, _: d.truncate(path, size), lambda m: m.cut(path, size))
 
-    def rename(old: bytes, new: bytes, flags: int = 0) -> None:
-        then: Callable[[Model], None] = lambda m: m.rename(old, new)  # noqa: E731
-        if flags == RENAME_EXCHANGE:
-            then = lambda m: m.exchange(old, new)  # noqa: E731
-        step(f"rename {old!r} {new!r} {flags}", lambda d, _: d.rename(old, new, flags), then)
+    def rename(self, old: bytes, new: bytes, flags: int = 0) -> None:
+        def then(model: Model) -> None:
+            (model.exchange if flags == RENAME_EXCHANGE else model.rename)(old, new)
 
+        self.step(f"rename {flags}", [old, new], lambda d, _: d.rename(old, new, flags), then)
+
+    def unlink(self, path: bytes) -> None:
+        self.step("unlink", [path], lambda d, _: d.unlink(path), lambda m: m.remove(path), frees=True)
+
+    def settle(self) -> None:
+        """What the background does now and then; it reports nothing and tries again."""
+        self.step("settle", [], lambda d, _: d.volume.files.settle())
+
+
+def _nothing(_: Model) -> None:
+    return
+
+
+def workload() -> list[Step]:
+    """About sixty operations, on the tree that `prepare` makes."""
+    s = _Script()
+    _files(s)
+    _tree(s)
+    _ends(s)
+    return s.steps
+
+
+def _files(s: _Script) -> None:
+    s.settle()
     # A new file: created, written, appended to, rewritten before it was ever synced.
-    create("n", b"new")
-    write("n", b"new", 0, pattern(1, 3 * BLOCK + 100))
-    write("n", b"new", 3 * BLOCK + 100, pattern(2, 200))
-    write("n", b"new", BLOCK - 50, pattern(3, BLOCK + 100))
-    write("n", b"new", 0, pattern(4, 2 * BLOCK))
-    fsync("n", b"new")
-    write("n", b"new", 0, pattern(5, 2 * BLOCK))
-    write("n", b"new", 10, pattern(6, 2 * BLOCK))
-    close("n")
+    s.create(b"new")
+    s.write(b"new", 0, pattern(1, 3 * BLOCK + 100))
+    s.write(b"new", 3 * BLOCK + 100, pattern(2, 200))
+    s.write(b"new", BLOCK - 50, pattern(3, BLOCK + 100))
+    s.write(b"new", 0, pattern(4, 2 * BLOCK))
+    s.fsync(b"new")
+    s.write(b"new", 0, pattern(5, 2 * BLOCK))
+    s.write(b"new", 10, pattern(6, 2 * BLOCK))
+    s.close(b"new")
     # An old one: overwritten beside its durable version, again and again, synced, cut, grown.
-    open_("o", b"old")
-    write("o", b"old", 5, pattern(7, 10))
-    write("o", b"old", 0, pattern(8, 3 * BLOCK))
-    write("o", b"old", BLOCK, pattern(9, BLOCK))
-    fsync("o", b"old", data_only=True)
-    write("o", b"old", 4 * BLOCK - 7, pattern(10, BLOCK))
-    truncate(b"old", 2 * BLOCK + 11)
-    truncate(b"old", 4 * BLOCK + 1)
-    write("o", b"old", 7 * BLOCK, pattern(11, 5))
-    fsync("o", b"old")
-    write("o", b"old", 7 * BLOCK + 5, pattern(12, BLOCK))
-    close("o")
-    # The tree.
-    step("mkdir dir", lambda d, _: d.mkdir(b"dir"), lambda m: m.add(b"dir", None, is_dir=True))
-    create("i", b"dir/inside")
-    write("i", b"dir/inside", 0, pattern(13, 100))
-    fsync("i", b"dir/inside")
-    close("i")
-    step(
-        "symlink", lambda d, _: d.symlink(b"some/target", b"dir/link"), lambda m: m.add(b"dir/link", b"-> some/target")
-    )
-    step("mknod", lambda d, _: d.mknod(b"fifo", stat.S_IFIFO | 0o600), lambda m: m.add(b"fifo", None))
-    create("l", LONG)
-    close("l")
-    step("link", lambda d, _: d.link(b"old", b"dir/old-too"), lambda m: m.link(b"old", b"dir/old-too"))
-    rename(b"new", b"dir/new")
-    rename(b"dir/new", b"victim")
-    rename(b"victim", b"other", RENAME_EXCHANGE)
-    rename(b"sub/one", b"one", RENAME_NOREPLACE)
-    rename(b"one", b"dir/" + LONG)
-    rename(b"sub", b"empty")
-    step("chmod", lambda d, _: d.chmod(b"old", 0o600), nothing)
-    step("utime", lambda d, _: d.utime(b"other", 10**18), nothing)
-    step("fsyncdir", lambda d, _: d.fsyncdir(b"dir"), nothing)
-    step("unlink", lambda d, _: d.unlink(b"victim"), lambda m: m.remove(b"victim"), frees=True)
-    step("unlink link", lambda d, _: d.unlink(b"dir/link"), lambda m: m.remove(b"dir/link"), frees=True)
-    open_("u", b"other")
-    step("unlink open", lambda d, _: d.unlink(b"other"), lambda m: m.remove(b"other"), frees=True)
-    step("write to it", lambda d, h: d.write(h["u"], 0, pattern(14, BLOCK)), nothing)
-    close("u")
-    step("rmdir", lambda d, _: d.rmdir(b"gone"), lambda m: m.remove(b"gone"), frees=True)
-    open_("t", b"cut", os.O_RDWR | os.O_TRUNC)
-    write("t", b"cut", 0, pattern(15, 9))
-    close("t")
-    open_("r", b"old")
-    write("r", b"old", 1, pattern(16, 2 * BLOCK))
-    fsync("r", b"old")
-    close("r")
-    return steps
+    s.open(b"old")
+    s.write(b"old", 5, pattern(7, 10))
+    s.write(b"old", 0, pattern(8, 3 * BLOCK))
+    s.write(b"old", BLOCK, pattern(9, BLOCK))
+    s.fsync(b"old", data_only=True)
+    s.write(b"old", 4 * BLOCK - 7, pattern(10, BLOCK))
+    s.truncate(b"old", 2 * BLOCK + 11)
+    s.truncate(b"old", 4 * BLOCK + 1)
+    s.write(b"old", 7 * BLOCK, pattern(11, 5))
+    s.fsync(b"old")
+    s.write(b"old", 7 * BLOCK + 5, pattern(12, BLOCK))
+    s.close(b"old")
+
+
+def _tree(s: _Script) -> None:
+    s.step("mkdir", [b"dir"], lambda d, _: d.mkdir(b"dir"), lambda m: m.add(b"dir", None, is_dir=True))
+    s.create(b"dir/inside")
+    s.write(b"dir/inside", 0, pattern(13, 100))
+    s.fsync(b"dir/inside")
+    s.close(b"dir/inside")
+    s.step("symlink", [b"dir/link"], lambda d, _: d.symlink(b"some/target", b"dir/link"),
+           lambda m: m.add(b"dir/link", b"-> some/target"))  # fmt: skip
+    s.step("mknod", [b"fifo"], lambda d, _: d.mknod(b"fifo", stat.S_IFIFO | 0o600), lambda m: m.add(b"fifo", None))
+    s.create(LONG)
+    s.close(LONG)
+    s.step("link", [b"old", b"dir/old-too"], lambda d, _: d.link(b"old", b"dir/old-too"),
+           lambda m: m.link(b"old", b"dir/old-too"))  # fmt: skip
+    s.rename(b"new", b"dir/new")
+    s.rename(b"dir/new", b"victim")
+    s.rename(b"victim", b"other", RENAME_EXCHANGE)
+    s.rename(b"sub/one", b"one", RENAME_NOREPLACE)
+    s.rename(b"one", b"dir/" + LONG)
+    s.rename(b"sub", b"empty")
+    s.settle()
+    s.step("chmod", [b"old"], lambda d, _: d.chmod(b"old", 0o600))
+    s.step("utime", [b"other"], lambda d, _: d.utime(b"other", 10**18))
+    s.step("fsyncdir", [b"dir"], lambda d, _: d.fsyncdir(b"dir"))
+
+
+def _ends(s: _Script) -> None:
+    s.unlink(b"victim")
+    s.unlink(b"dir/link")
+    s.open(b"other")
+    s.unlink(b"other")
+    s.step("write to the unlinked", [b"other"], lambda d, h: d.write(h[b"other"], 0, pattern(14, BLOCK)))
+    s.close(b"other")
+    s.step("rmdir", [b"gone"], lambda d, _: d.rmdir(b"gone"), lambda m: m.remove(b"gone"), frees=True)
+    s.open(b"cut", os.O_RDWR | os.O_TRUNC)
+    s.write(b"cut", 0, pattern(15, 9))
+    s.close(b"cut")
+    s.open(b"old")
+    s.write(b"old", 1, pattern(16, 2 * BLOCK))
+    s.fsync(b"old")
+    s.close(b"old")
+    s.settle()
 
 
 async def prepare(d: Driver, model: Model) -> None:
