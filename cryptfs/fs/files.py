@@ -66,6 +66,7 @@ class Files:
         """Files and directories made in this epoch whose entry is not known to be durable."""
         self.unsettled: set[Inode] = set()
         self.prefetcher = Prefetcher(ctx, inodes)
+        self._complained: set[int] = set()
 
     # attributes ------------------------------------------------------------------------------------------------
 
@@ -338,6 +339,15 @@ class Files:
             await self.ctx.sync_everything()
         self.new_ids.difference_update(e.log_id for e in new)
 
+    def _complain(self, inode: Inode, text: str) -> None:
+        """Log what failed, once until it succeeds.
+
+        It is tried again every few seconds, for as long as the agent is away.
+        """
+        if inode.ino not in self._complained:
+            self._complained.add(inode.ino)
+            log.error("inode %d: %s", inode.ino, text)
+
     async def settle(self) -> None:
         """Sync what waits for it and close what nobody needs. Errors are logged; it is tried again."""
         for inode in list(self.unsettled):
@@ -351,8 +361,9 @@ class Files:
                     await file.journal.fsync(data_only=True)
                     await file.journal.compact()
                     good = True
+                    self._complained.discard(inode.ino)
                 except (OSError, CryptfsError) as error:
-                    log.error("inode %d: not settled: %s", inode.ino, error)
+                    self._complain(inode, f"not settled: {error}")
             if file.opens == 0 and (good or file.unlinked):
                 await self._wind_up(inode, file)
         for node in self.inodes.open_dirs():
@@ -370,9 +381,14 @@ class Files:
                 log.error("the file system could not be synced: %s", error)
 
     async def serve(self) -> None:
-        """Settle now and then, for ever."""
+        """Settle now and then, for ever.
+
+        Frames too: what a program that keeps its file open and never syncs wrote is then lost to a killed daemon for
+        seconds only.
+        """
         while True:
             await trio.sleep(_SETTLE_INTERVAL_S)
+            await self.commit_all()
             await self.settle()
 
     async def sync_all(self) -> bool:
@@ -409,8 +425,9 @@ class Files:
                 await file.state.lock.acquire_exclusive()
                 try:
                     await file.journal.commit()
+                    self._complained.discard(inode.ino)
                 except (OSError, CryptfsError) as error:
-                    log.error("inode %d: frame not written: %s", inode.ino, error)
+                    self._complain(inode, f"frame not written: {error}")
                     good = False
                 finally:
                     file.state.lock.release_exclusive()

@@ -20,6 +20,8 @@ log = logging.getLogger("cryptfs")
 
 _READ_AHEAD_KIB = 1024
 _STOP_S = 30.0
+_UNMOUNT_S = 600.0
+"""umount waits while the kernel writes its dirty pages to this process, which goes on answering."""
 
 
 class FuseSession:
@@ -100,4 +102,7 @@ def _sync_mount(mountpoint: str) -> None:
 def _unmount(mountpoint: str) -> bool:
     """Unmount; True if it is busy."""
     command = ["umount", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", "-q", mountpoint]
-    return subprocess.run(command, check=False, capture_output=True, timeout=_STOP_S).returncode != 0
+    try:
+        return subprocess.run(command, check=False, capture_output=True, timeout=_UNMOUNT_S).returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
