@@ -85,6 +85,12 @@ class FsContext:
         assert self.state is not None
         return bool(self.state.unclean)
 
+    @property
+    def crash_generation(self) -> int:
+        """For what is found to have been made in an epoch that ended uncleanly: a generation of the last one."""
+        assert self.state is not None
+        return self.state.unclean[-1][1] << EPOCH_SHIFT
+
     # keys ------------------------------------------------------------------------------------------------------
 
     async def volume_key(self) -> memoryview:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -245,14 +245,19 @@ class DirNode:
             await self.ctx.in_thread(self.ctx.store.fdatasync, self.log.fd)
             self._distrusted = before
 
-    async def compact(self) -> None:
-        """Rewrite the log as one snapshot when most of it is dead frames."""
+    async def compact(self, prepare: Callable[[DirNode], Awaitable[None]] | None = None) -> None:
+        """Rewrite the log as one snapshot when most of it is dead frames.
+
+        `prepare` makes the targets of new symlinks durable: what a snapshot names is not new any more.
+        """
         live = sum(len(e.sealed) + 24 for e in self.entries.values()) + _FRAME_BYTES
         if self._log is None or self.log.end < _COMPACT_MIN_BYTES + 3 * live or self.removed or self.ctx.read_only:
             return
         self.pins += 1
         try:
             async with self.lock.exclusive():
+                if prepare is not None:
+                    await prepare(self)
                 await self._rewrite()
         finally:
             self.pins -= 1

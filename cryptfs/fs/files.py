@@ -319,7 +319,7 @@ class Files:
             node.pins += 1
             try:
                 await node.sync()
-                await self._sync_targets(node)
+                await self.sync_targets(node)
             finally:
                 node.pins -= 1
             done.append(here.log_id)
@@ -327,7 +327,7 @@ class Files:
         # Only now: whoever finds one of them durable goes no further up.
         self.new_ids.difference_update(done)
 
-    async def _sync_targets(self, node: DirNode) -> None:
+    async def sync_targets(self, node: DirNode) -> None:
         """Sidecars of new symlinks in a directory: their targets are part of the entry."""
         if len(self.new_ids) == 0:
             return
@@ -369,7 +369,7 @@ class Files:
         for node in self.inodes.open_dirs():
             if not node.pins and node.lock.idle:
                 try:
-                    await node.compact()
+                    await node.compact(self.sync_targets)
                 except (OSError, CryptfsError) as error:
                     log.error("directory inode %d: log not compacted: %s", node.ino, error)
         if len(self.new_ids) > _NEW_MAX:

@@ -458,6 +458,9 @@ class Namespace:
             await self._sync_arrival(target, dst_sealed, src.log_id)
             if back is not None and dst is not None:
                 await self._sync_arrival(source, src.sealed, dst.log_id)
+            if replaced is not None:
+                # After a crash the log must say that what lies under the old name is on its way out.
+                await source.sync_log()
             # A directory below is never empty, because of its log: exchange the two, then take the old one away.
             tree_flags = RENAME_EXCHANGE if replaced is not None else flags
             store.rename(source.fd, src_below, target.fd, dst_below, tree_flags)

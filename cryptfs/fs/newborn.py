@@ -13,12 +13,13 @@ from cryptfs.fs.context import FsContext, log
 from cryptfs.fs.directory import DirNode
 from cryptfs.names import DIR_LOG
 from cryptfs.ports import Kit
-from cryptfs.types import Purpose
+from cryptfs.types import ID_BYTES, Purpose
 
 
 async def rebuild_directory(ctx: FsContext, ino: int, fd: int, dir_id: bytes) -> None:
     """An empty log for the directory behind `fd`, which stays open, under the id its parent gives it.
 
+    Durable when this returns: once the parent has a new frame, nothing says any more that a log may be missing.
     Raises `Damaged` if there is more than a log that never was.
     """
     store, found = ctx.store, True
@@ -35,9 +36,17 @@ async def rebuild_directory(ctx: FsContext, ino: int, fd: int, dir_id: bytes) ->
         raise Damaged("dir-log", "it is not a new one")
     log.warning("directory inode %d: its log never reached the disk before a crash, started anew", ino)
     kit = await kit_for(ctx, dir_id)
+    for name in store.listdir(fd):
+        if not name.startswith(b"."):
+            # As new as the directory itself, and its name is lost with the log's names key.
+            store.rename(fd, name, ctx.dir_fd(b"tmp"), ctx.random(ID_BYTES).hex().encode())
     if found:
         store.unlink(fd, DIR_LOG)
-    DirNode.create(ctx, fd, kit).close_log()
+    node = DirNode.create(ctx, fd, kit)
+    try:
+        await ctx.in_threads([(store.fdatasync, node.log.fd), (store.fsync, fd)])
+    finally:
+        node.close_log()
 
 
 async def kit_for(ctx: FsContext, dir_id: bytes) -> Kit:

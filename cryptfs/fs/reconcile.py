@@ -22,7 +22,9 @@ from cryptfs.format.log import HEAD_BYTES, KIND_DIR, decode_head, decode_header
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.fs.context import FsContext, log, sidecar_name
 from cryptfs.fs.directory import DirNode
+from cryptfs.fs.headless import give_header, is_still
 from cryptfs.fs.newborn import rebuild_directory
+from cryptfs.fs.sealed_log import parse, read_log
 from cryptfs.fs.symlink import decode_target_text
 from cryptfs.names import DIR_LOG, is_long, sealed_from_tree, tree_name
 from cryptfs.ports import Store
@@ -39,7 +41,7 @@ class Found:
     """An entry as the tree has it.
 
     `proof`: the bytes that say its id (data header; header and first head of a `.dir`; target text). `sidecar`: the
-    same of a symlink's sidecar.
+    same of a symlink's sidecar, nothing if that does not hold the target.
     """
 
     st: os.stat_result
@@ -63,7 +65,7 @@ def survey(ctx: FsContext, fd: int) -> tuple[dict[bytes, Found], set[bytes]]:
         kind = KIND_OF_MODE[stat.S_IFMT(st.st_mode)]
         try:
             proof = _proof(store, fd, name, kind)
-            out[name] = Found(st, kind, proof, _sidecar_start(ctx, proof) if kind == Kind.SYMLINK else b"")
+            out[name] = Found(st, kind, proof, _symlink_log(ctx, proof) if kind == Kind.SYMLINK else b"")
         except OSError as error:
             log.warning("directory entry %s cannot be read: %s", name.decode("ascii", "replace"), error.strerror)
             unread.add(name)
@@ -86,12 +88,20 @@ def _proof(store: Store, fd: int, name: bytes, kind: Kind) -> bytes:
     return b""
 
 
-def _sidecar_start(ctx: FsContext, text: bytes) -> bytes:
+def _symlink_log(ctx: FsContext, text: bytes) -> bytes:
+    """Header and first head of a symlink's sidecar; nothing if the target, which is in the first frame, is missing."""
     try:
         log_id, _ = decode_target_text(text)
-        return _first_bytes(ctx.store, ctx.sidecar_dir(log_id), sidecar_name(log_id), LOG_HEADER_BYTES + HEAD_BYTES)
+        fd = ctx.store.open(ctx.sidecar_dir(log_id), sidecar_name(log_id), os.O_RDONLY)
     except (Damaged, FileNotFoundError):
         return b""
+    try:
+        raw = read_log(ctx.store, fd)
+        return raw[: LOG_HEADER_BYTES + HEAD_BYTES] if parse(raw).payloads[:1] not in ([], [None]) else b""
+    except Damaged:
+        return b""
+    finally:
+        ctx.store.close(fd)
 
 
 def _first_bytes(store: Store, fd: int, name: bytes, count: int) -> bytes:
@@ -109,8 +119,14 @@ async def reconcile(node: DirNode) -> None:
     """
     ctx = node.ctx
     tree, unread = await ctx.in_thread(survey, ctx, node.fd)
-    judge = _Judge(node, bytes(await ctx.volume_key()), (await node.keys()).names)
     known = {tree_name(sealed): entry for sealed, entry in node.entries.items()}
+    headless = {
+        name
+        for name, found in tree.items()
+        if found.kind == Kind.FILE and not any(found.proof) and name in known and known[name].kind == Kind.FILE
+        and await is_still(ctx, node.fd, name, known[name].log_id)
+    }  # fmt: skip
+    judge = _Judge(node, bytes(await ctx.volume_key()), (await node.keys()).names, headless)
     # What may not be read (its mode says so) stays what the log says it is.
     gone = [entry.sealed for name, entry in known.items() if name not in tree and name not in unread]
     changed: list[Entry] = []
@@ -121,6 +137,8 @@ async def reconcile(node: DirNode) -> None:
         except Damaged as error:
             log.error("inode %d: entry of directory %d not accepted: %s", found.st.st_ino, node.ino, error)
             continue
+        if entry is None and recorded is not None:
+            gone.append(recorded.sealed)
         if entry is not None and entry != recorded:
             changed.append(entry)
     if ctx.read_only:
@@ -131,6 +149,8 @@ async def reconcile(node: DirNode) -> None:
     if gone or changed:
         log.warning("directory inode %d: %d entries settled after a crash", node.ino, len(gone) + len(changed))
     await _clear(node, judge.nameless)
+    for name, file_id in judge.newborn_files:
+        give_header(ctx, judge.volume_key, node.fd, name, file_id)
     for name, dir_id in judge.newborn_dirs:
         fd = ctx.store.open(node.fd, name, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -156,15 +176,18 @@ async def _clear(node: DirNode, names: list[bytes]) -> None:
 class _Judge:
     """Decides, entry by entry, what the tree may say.
 
-    `nameless` and `newborn_dirs` ((name, id)) want work afterwards.
+    `headless`: names of data files without a header that are, beyond doubt, what the log says. `nameless`,
+    `newborn_files` and `newborn_dirs` ((name, id)) want work afterwards.
     """
 
-    def __init__(self, node: DirNode, volume_key: bytes, names: NameCipher) -> None:
+    def __init__(self, node: DirNode, volume_key: bytes, names: NameCipher, headless: set[bytes]) -> None:
         self.ctx = node.ctx
         self.node = node
         self.volume_key = volume_key
         self.names = names
+        self.headless = headless
         self.nameless: list[bytes] = []
+        self.newborn_files: list[tuple[bytes, bytes]] = []
         self.newborn_dirs: list[tuple[bytes, bytes]] = []
         self._ids: dict[int, bytes] = {}
         # A long name that the log has let go of already, and the tree has not.
@@ -181,7 +204,10 @@ class _Judge:
         self.names.open(sealed)
         bound = self.node.bindings.get(sealed, [])
         if found.kind in (Kind.FILE, Kind.DIR, Kind.SYMLINK):
-            log_id = self._id_of(name, sealed, found, bound)
+            log_id = self._id_of(name, found, recorded)
+            if self._never_was(name, found, log_id, recorded, bound):
+                self.nameless.append(name)
+                return None
             if not self._is_new(found) and not any(b.kind == found.kind and b.log_id == log_id for b in bound):
                 raise Damaged("exchanged", "neither recorded here nor made in the crashed epoch")
             return Entry(sealed, found.kind, log_id)
@@ -192,7 +218,28 @@ class _Judge:
         self.nameless.append(name)
         return None
 
-    def _id_of(self, name: bytes, sealed: bytes, found: Found, bound: list[Entry]) -> bytes:
+    def _never_was(self, name: bytes, found: Found, log_id: bytes, recorded: Entry | None, bound: list[Entry]) -> bool:
+        """Whether this is a symlink whose target never reached the disk, or an empty directory on its way out."""
+        is_bound = any(b.log_id == log_id for b in bound)
+        if found.kind == Kind.SYMLINK:
+            acknowledged = is_bound and recorded is not None and recorded.sealed not in self.node.unsure
+            return not found.sidecar and not acknowledged
+        # Renaming over a directory exchanges the two; the one replaced then lies under the other's old name.
+        moved = recorded is None and any(b.kind == Kind.DIR for b in bound) and not is_bound
+        return found.kind == Kind.DIR and moved and not self._inside(name)
+
+    def _inside(self, name: bytes) -> dict[bytes, Found]:
+        """What lies in directory `name`."""
+        fd = self.ctx.store.open(self.node.fd, name, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            found, unread = survey(self.ctx, fd)
+        finally:
+            self.ctx.store.close(fd)
+        if unread:
+            raise Damaged("dir-log", "missing or not new, with entries that cannot be read")
+        return found
+
+    def _id_of(self, name: bytes, found: Found, recorded: Entry | None) -> bytes:
         if found.kind == Kind.SYMLINK:
             return decode_target_text(found.proof)[0]
         if found.kind == Kind.FILE and any(found.proof):
@@ -204,12 +251,21 @@ class _Judge:
             if header.kind != KIND_DIR:
                 raise Damaged("log-header", "not a directory's")
             return header.log_id
-        # A creation cut short before its header or log: empty, whichever id it gets, but one id for all its names.
-        log_id = next((b.log_id for b in reversed(bound) if b.kind == found.kind), None)
-        log_id = self._ids.setdefault(found.st.st_ino, log_id or self.ctx.random(ID_BYTES))
-        if found.kind == Kind.DIR and (not bound or sealed in self.node.unsure):
-            self.newborn_dirs.append((name, log_id))
+        if not self._is_newborn(name, found):
+            if recorded is None or recorded.kind != found.kind:
+                raise Damaged("dir-log", "missing, and not because it was new")
+            return recorded.log_id  # It is damaged, which whoever opens it is told.
+        # A creation cut short before its header or log. A new id: what the log names may be what lay here before.
+        newborn = self.newborn_files if found.kind == Kind.FILE else self.newborn_dirs
+        log_id = self._ids.setdefault(found.st.st_ino, self.ctx.random(ID_BYTES))
+        newborn.append((name, log_id))
         return log_id
+
+    def _is_newborn(self, name: bytes, found: Found) -> bool:
+        """Of what has no header or log: whether that never reached the disk. Nothing older lies in such a directory."""
+        if found.kind == Kind.FILE:
+            return name not in self.headless
+        return all(self._is_new(inner) for inner in self._inside(name).values())
 
     def _is_new(self, found: Found) -> bool:
         """Whether it was made in an epoch that ended uncleanly (for what is more than empty.
@@ -219,6 +275,8 @@ class _Judge:
         if found.kind == Kind.FILE:
             return not any(found.proof) or self.ctx.forgives(decode_data_header(found.proof).born)
         if found.kind == Kind.DIR and not any(found.proof[:LOG_HEADER_BYTES]):
+            return True
+        if found.kind not in (Kind.DIR, Kind.SYMLINK) or (found.kind == Kind.SYMLINK and not found.sidecar):
             return True
         start = found.proof if found.kind == Kind.DIR else found.sidecar
         try:

@@ -14,9 +14,10 @@ from cryptfs.blocks.codec import Slots
 from cryptfs.blocks.extents import HOME_TWIN, Extent, ExtentMap
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES, DataHeader
-from cryptfs.fs.context import log, sidecar_name, write_all
+from cryptfs.fs.context import FsContext, log, sidecar_name, write_all
 from cryptfs.fs.history import POISON, build_map
 from cryptfs.fs.sealed_log import Replay, vouched_in_tail
+from cryptfs.fs.state import FileState
 from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose
 
@@ -101,7 +102,11 @@ async def _settle(journal: Journal, *, has_header: bool) -> None:
 
 async def authentic(journal: Journal, extent: Extent, verdicts: dict[bytes, bool]) -> bool:
     """Whether every block of `extent` decrypts from its home."""
-    ctx, state = journal.ctx, journal.state
+    return await authentic_in(journal.ctx, journal.state, extent, verdicts)
+
+
+async def authentic_in(ctx: FsContext, state: FileState, extent: Extent, verdicts: dict[bytes, bool]) -> bool:
+    """The same for a file that has no journal."""
     if extent.home == HOME_TWIN and state.twin_fd is None:
         return False
     slots = Slots(ctx.config.block_size, min(_CHECK_BLOCKS, extent.end - extent.first))
@@ -155,7 +160,10 @@ async def restart_newborn(journal: Journal, data_size: int) -> None:
 
 
 async def _write_header(journal: Journal) -> None:
-    """Give the data file the header that a crash kept from it; its birth is now."""
+    """Give the data file the header that a crash kept from it.
+
+    Born in the crashed epoch, as it was: a directory that is settled later must find it so.
+    """
     ctx, state = journal.ctx, journal.state
-    header = ctx.sign_header(await ctx.volume_key(), DataHeader(state.file_id, ctx.next_generation()))
+    header = ctx.sign_header(await ctx.volume_key(), DataHeader(state.file_id, ctx.crash_generation))
     write_all(ctx.store, state.data_fd, header, 0)
