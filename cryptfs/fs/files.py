@@ -350,6 +350,7 @@ class Files:
 
     async def settle(self) -> None:
         """Sync what waits for it and close what nobody needs. Errors are logged; it is tried again."""
+        self.unsettled.update(i for i in self.inodes.with_files() if i.file is not None and i.file.journal.bloated)
         for inode in list(self.unsettled):
             file = inode.file
             if file is None:
@@ -366,6 +367,8 @@ class Files:
                     self._complain(inode, f"not settled: {error}")
             if file.opens == 0 and (good or file.unlinked):
                 await self._wind_up(inode, file)
+            elif good and not file.journal.needs_settling:
+                self.unsettled.discard(inode)
         for node in self.inodes.open_dirs():
             if not node.pins and node.lock.idle:
                 try:

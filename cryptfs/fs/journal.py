@@ -98,8 +98,10 @@ class Journal:
 
     @property
     def needs_settling(self) -> bool:
-        """Acknowledged versions are kept aside, a cut waits, or a sync failed: only a sync lets go of them."""
-        return self.loaded and (len(self.state.displaced) > 0 or self.state.cut_pending or self._distrusted)
+        """Acknowledged versions are kept aside, a cut waits, a sync failed or the log is bloated."""
+        if not self.loaded:
+            return False
+        return len(self.state.displaced) > 0 or self.state.cut_pending or self._distrusted or self.bloated
 
     @property
     def sync_failed(self) -> bool:
@@ -228,40 +230,60 @@ class Journal:
         """A frame of this epoch that says what the file is now, so that the next opening need not ask again."""
         self._append(key)
 
+    @property
+    def bloated(self) -> bool:
+        """Most of the log is dead frames."""
+        log, blocks = self.log, self.state.blocks
+        if log is None or log.end < _COMPACT_MIN_BYTES + 2 * log.live_from:
+            return False
+        live = 56 * sum(e.end - e.first for e in blocks) + 32 * len(blocks)
+        return log.end >= _COMPACT_MIN_BYTES + 2 * live and all(e.home != POISON for e in blocks)
+
     async def compact(self) -> None:
-        """Rewrite the log as one snapshot if most of it is dead. Only right after an fsync, nothing written since."""
-        state, ctx = self.state, self.ctx
-        await state.lock.acquire_exclusive()
-        try:
-            # Looked at under the lock: whoever waited for it may have closed the log.
-            if self.log is None or self.log.end < _COMPACT_MIN_BYTES + 2 * self.log.live_from:
-                return
-            live = 56 * sum(e.end - e.first for e in state.blocks) + 32 * len(state.blocks)
-            if self.needs_frame or state.blocks.unsettled() or self.log.end < _COMPACT_MIN_BYTES + 2 * live:
-                return
-            if any(e.home == POISON for e in state.blocks):
-                return
-            payload = SidecarPayload(tuple(e.run() for e in state.blocks))
-            generation = ctx.next_generation()
-            frame = Frame(generation, self.durable_gen, state.size, payload.encode(), payload.extent())
-            where = ctx.sidecar_dir(state.file_id)
-            # The key is copied for the thread, which may outlive its time in the cache by one disk write.
-            key = bytearray(await self.log_key())
-            ctx.sidecar_writes += 1
+        """Sync the file and rewrite its log as one snapshot, if it is bloated. Raises as `fsync` does.
+
+        The snapshot vouches for everything it names, so all of that is durable before it takes the log's place.
+        """
+        if not self.bloated:
+            return
+        state = self.state
+        async with self._syncing:
+            await state.lock.acquire_exclusive()
             try:
-                self.log = await ctx.in_thread(
-                    self.log.rewrite, ctx.store, where, sidecar_name(state.file_id), key, self.log.header, frame
-                )
+                # Looked at again under the locks: whoever held them may have closed or rewritten the log.
+                if self.sync_failed or not self.bloated:
+                    return
+                if self.needs_frame:
+                    self._append(await self.log_key())
+                state.restore_mtime()
+                await self._sync(data_only=True)
+                self._settled()
+                await self._rewrite()
             finally:
-                key[:] = bytes(len(key))
-            # From here on the log is the new one, whatever becomes of the sync.
-            self._last_gen = generation
-            self._sidecar_new = True
-            await ctx.in_thread(ctx.store.fsync, where)
-            self._sidecar_new = False
-            self.durable_gen = generation
+                state.lock.release_exclusive()
+
+    async def _rewrite(self) -> None:
+        state, ctx = self.state, self.ctx
+        assert self.log is not None
+        payload = SidecarPayload(tuple(e.run() for e in state.blocks))
+        generation = ctx.next_generation()
+        frame = Frame(generation, self.durable_gen, state.size, payload.encode(), payload.extent())
+        where = ctx.sidecar_dir(state.file_id)
+        # The key is copied for the thread, which may outlive its time in the cache by one disk write.
+        key = bytearray(await self.log_key())
+        ctx.sidecar_writes += 1
+        try:
+            self.log = await ctx.in_thread(
+                self.log.rewrite, ctx.store, where, sidecar_name(state.file_id), key, self.log.header, frame
+            )
         finally:
-            state.lock.release_exclusive()
+            key[:] = bytes(len(key))
+        # From here on the log is the new one, whatever becomes of the sync.
+        self._last_gen = generation
+        self._sidecar_new = True
+        await ctx.in_thread(ctx.store.fsync, where)
+        self._sidecar_new = False
+        self.durable_gen = generation
 
     # opening ---------------------------------------------------------------------------------------------------
 
