@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -195,6 +196,17 @@ class FsContext:
         for buffer in self._buffers:
             buffer[:] = bytes(len(buffer))
         self._buffers.clear()
+
+
+def open_log(store: Store, dir_fd: int, name: bytes, *, writable: bool) -> tuple[int, bool]:
+    """(descriptor, whether it can be written): a disk that has become read-only still has to be read."""
+    if writable:
+        try:
+            return store.open(dir_fd, name, os.O_RDWR), True
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+    return store.open(dir_fd, name, os.O_RDONLY), False
 
 
 def write_all(store: Store, fd: int, data: bytes, offset: int) -> None:

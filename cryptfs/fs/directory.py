@@ -19,7 +19,7 @@ from cryptfs.crypto.siv import NameCipher
 from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
 from cryptfs.format.log import DELTA, KIND_DIR, Head, LogHeader
-from cryptfs.fs.context import FsContext
+from cryptfs.fs.context import FsContext, open_log
 from cryptfs.fs.locks import SharedLock
 from cryptfs.fs.resync import log_again
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log, vouched_in_tail
@@ -55,6 +55,7 @@ class DirNode:
         self.lock = SharedLock()
         self.pins = 0
         self.removed = False
+        self.writable = True
         self.listed = False
         """Somebody listed it: its files may be read in that order next."""
         self.durable_gen = 0
@@ -108,6 +109,8 @@ class DirNode:
 
         The caller holds the lock and does the call on the tree next, without an await between.
         """
+        if not self.writable:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         payload = DirPayload(tuple(entries), tuple(gone))
         try:
             self._sweep(payload.entries)
@@ -320,7 +323,7 @@ class DirNode:
         """
         store = ctx.store
         try:
-            log_fd = store.open(fd, DIR_LOG, os.O_RDONLY if ctx.read_only else os.O_RDWR)
+            log_fd, writable = open_log(store, fd, DIR_LOG, writable=not ctx.read_only)
         except FileNotFoundError:
             raise Damaged("missing-dir-log") from None
         try:
@@ -330,6 +333,7 @@ class DirNode:
             if header.kind != KIND_DIR or header.log_id != dir_id:
                 raise Damaged("id-mismatch", "the directory is another one")
             node = cls(ctx, ino, fd, header)
+            node.writable = writable
             (log_key,), _ = await ctx.keys.unwrap(key_runs(header))
             node._adopt(log_fd, authenticate(parsed, log_key), log_key)
         except BaseException:
