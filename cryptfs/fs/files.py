@@ -64,6 +64,8 @@ class Files:
         self.reaper = reaper
         self.new_ids: set[bytes] = set()
         """Files and directories made in this epoch whose entry is not known to be durable."""
+        self.moved_ids: set[bytes] = set()
+        """Those that got another name since it was: an fsync makes that durable, too, as it does on other systems."""
         self.unsettled: set[Inode] = set()
         self.prefetcher = Prefetcher(ctx, inodes)
         self._complained: set[int] = set()
@@ -244,7 +246,7 @@ class Files:
     def _node(self, inode: Inode, fd: int, *, writable: bool) -> FileNode:
         state = FileState(self.ctx, inode.ino, inode.log_id, fd, writable=writable)
         journal = Journal(self.ctx, state, _Place(self, inode))
-        journal.entry_durable = inode.log_id not in self.new_ids
+        journal.entry_durable = inode.log_id not in self.new_ids and inode.log_id not in self.moved_ids
         inode.file = FileNode(self.ctx, state, journal)
         self.inodes.open_ids.add(inode.log_id)
         return inode.file
@@ -301,17 +303,26 @@ class Files:
     # durability ------------------------------------------------------------------------------------------------
 
     async def sync_entry(self, inode: Inode) -> None:
-        """Make the way to a new file durable: its directory, and those above that are new themselves."""
+        """Make the way to a file durable: its directory, and those above that are new or moved themselves."""
+        undo = self.new_ids if inode.log_id in self.new_ids else self.moved_ids
         self.new_ids.discard(inode.log_id)
+        self.moved_ids.discard(inode.log_id)
         try:
             if inode.paths:
                 await self.sync_dirs(inode.paths[-1][0])
         except BaseException:
-            self.new_ids.add(inode.log_id)
+            undo.add(inode.log_id)
             raise
 
+    def moved(self, inode: Inode | None, log_id: bytes) -> None:
+        """Something has a name it had not when its entry became durable."""
+        if log_id not in self.new_ids:
+            self.moved_ids.add(log_id)
+            if inode is not None and inode.file is not None:
+                inode.file.journal.entry_durable = False
+
     async def sync_dirs(self, inode: Inode) -> None:
-        """Make a directory durable, and those above it as far as they are new. Raises OSError."""
+        """Make a directory durable, and those above it as far as they are new or moved. Raises OSError."""
         here: Inode | None = inode
         done: list[bytes] = []
         while here is not None:
@@ -323,9 +334,11 @@ class Files:
             finally:
                 node.pins -= 1
             done.append(here.log_id)
-            here = here.paths[-1][0] if here.log_id in self.new_ids and here.paths else None
+            onward = here.log_id in self.new_ids or here.log_id in self.moved_ids
+            here = here.paths[-1][0] if onward and here.paths else None
         # Only now: whoever finds one of them durable goes no further up.
         self.new_ids.difference_update(done)
+        self.moved_ids.difference_update(done)
 
     async def sync_targets(self, node: DirNode) -> None:
         """Sidecars of new symlinks in a directory: their targets are part of the entry."""
@@ -375,11 +388,12 @@ class Files:
                     await node.compact(self.sync_targets)
                 except (OSError, CryptfsError) as error:
                     log.error("directory inode %d: log not compacted: %s", node.ino, error)
-        if len(self.new_ids) > _NEW_MAX:
-            before = set(self.new_ids)
+        if len(self.new_ids) + len(self.moved_ids) > _NEW_MAX:
+            before = self.new_ids | self.moved_ids
             try:
                 await self.ctx.sync_everything()
                 self.new_ids -= before
+                self.moved_ids -= before
             except OSError as error:
                 log.error("the file system could not be synced: %s", error)
 

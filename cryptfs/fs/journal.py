@@ -203,8 +203,13 @@ class Journal:
         if self.log is not None:
             self.log.unsynced = False
         if not self.entry_durable:
-            await self.owner.sync_entry()
+            # Before the call: a rename during it is not part of it.
             self.entry_durable = True
+            try:
+                await self.owner.sync_entry()
+            except BaseException:
+                self.entry_durable = False
+                raise
 
     def _settled(self) -> None:
         """All of the file is durable as it is now; what stood aside is dead."""

@@ -512,9 +512,12 @@ class Namespace:
 
     def _moved(self, ino: int, log_id: bytes, old: Inode, src: bytes, new: Inode, dst: bytes) -> None:
         inode = self.inodes.find(ino)
-        if inode is not None and inode.log_id == log_id:
+        if inode is not None and inode.log_id != log_id:
+            inode = None
+        if inode is not None:
             inode.add_path(new, dst)
             inode.drop_path(old, src)
+        self.files.moved(inode, log_id)
 
     # pieces ----------------------------------------------------------------------------------------------------
 
@@ -630,6 +633,7 @@ class Namespace:
         inode.drop_path(parent, below)
         inode.last_st = _without_links(st)
         self.files.new_ids.discard(inode.log_id)
+        self.files.moved_ids.discard(inode.log_id)
         self.inodes.release(inode)
 
     def _keep_number(self, node: DirNode, below: bytes, st: os.stat_result) -> None:
@@ -651,6 +655,7 @@ class Namespace:
                 self.inodes.release(inode)
             return
         self.files.new_ids.discard(entry.log_id)
+        self.files.moved_ids.discard(entry.log_id)
         if inode is not None and inode.file is not None:
             inode.file.unlinked = True
             if inode.file.opens == 0:
