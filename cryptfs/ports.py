@@ -69,6 +69,10 @@ class DekProvider(Protocol):
         """The key behind `wrapped` if the policy still allows it from the cache, counting one use; never blocks."""
         ...
 
+    def peek_all(self, wraps: Sequence[bytes]) -> list[memoryview] | None:
+        """`peek` for several keys; None, and no use counted, unless all of them are there."""
+        ...
+
     async def unwrap(self, runs: Sequence[KeyRun]) -> list[list[memoryview]]:
         """Keys for every run, from the cache or the agent; one round trip at most.
 

@@ -57,6 +57,12 @@ class Extent:
         at = (block - self.base) * WRAPPED_BYTES
         return self.wrapped[at : at + WRAPPED_BYTES]
 
+    def wraps_of(self, first: int, end: int) -> list[bytes]:
+        """The wrapped DEKs of blocks first … end - 1, 40 bytes each."""
+        wrapped = self.wrapped
+        start, stop = (first - self.base) * WRAPPED_BYTES, (end - self.base) * WRAPPED_BYTES
+        return [wrapped[at : at + WRAPPED_BYTES] for at in range(start, stop, WRAPPED_BYTES)]
+
     def tag_of(self, block: int) -> bytes:
         """The 16 bytes of one block's tag."""
         at = (block - self.base) * TAG_BYTES

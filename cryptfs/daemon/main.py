@@ -107,7 +107,7 @@ async def _serve(args: DaemonArgs) -> bool:
             nursery.start_soon(volume.serve)
             nursery.start_soon(gone.serve, volume)
             nursery.start_soon(_stop_on_signal, session)
-            nursery.start_soon(_announce, args)
+            nursery.start_soon(_announce, args, session)
             await session.run()
         finally:
             with trio.CancelScope(shield=True):
@@ -135,9 +135,9 @@ async def _attach(link: AgentLink) -> None:
             return
 
 
-async def _announce(args: DaemonArgs) -> None:
-    """Say "ready" once requests are answered: this task runs only after the loop has started."""
-    await trio.lowlevel.checkpoint()
+async def _announce(args: DaemonArgs, session: FuseSession) -> None:
+    """Say "ready" once the mount answers."""
+    await session.answering()
     log.info("mounted %s on %s", args.cipher_dir, args.mountpoint)
     say(args.ready_fd, "ready")
 

@@ -55,6 +55,8 @@ class FsContext:
         self._counter = 0
         self.doubts = 0
         """How often syncing the whole file system failed: what was written before is believed only if written again."""
+        self.spawn: Callable[..., None] | None = None
+        """Starts a background task; None while nobody serves the volume."""
         self.sidecar_writes = 0
         """Counts every write to a sidecar: whoever reads one on a thread sees whether it may be old."""
         self._slots: list[Slots] = []

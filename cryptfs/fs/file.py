@@ -28,7 +28,7 @@ SIZE_MAX = (1 << 63) - 1 - (1 << 20)
 """Plaintext bytes: what a signed 64-bit file offset leaves after the header and a block."""
 
 _DEKS_MIN, _DEKS_MAX = 4, 512
-_READ_AHEAD_BLOCKS = 64
+_WARM_BLOCKS = 256
 _NOWAIT = os.RWF_NOWAIT
 
 
@@ -45,6 +45,7 @@ class FileNode:
         self._stock_next = 0
         self._stock_size = _DEKS_MIN
         self._read_end = 0
+        self._warmed_to = 0
 
     def use_stock(self, kit: Kit) -> None:
         """Take a new file's first DEKs from its kit, which is its alone."""
@@ -79,6 +80,8 @@ class FileNode:
             first, end = offset // block_size, -(-end_offset // block_size)
             ahead = offset == self._read_end
             self._read_end = end_offset
+            if not ahead:
+                self._warmed_to = end
             await self._read_blocks(first, end, out, ahead=ahead)
             return out[offset - first * block_size : end_offset - first * block_size]
         finally:
@@ -137,21 +140,30 @@ class FileNode:
 
     async def _deks_of(self, extent: Extent, first: int, end: int, *, ahead: bool) -> Sequence[memoryview]:
         """The DEKs of blocks first … end - 1. The views are good until the next await."""
-        peek = self.ctx.keys.peek
-        wraps = [extent.wrapped_of(block) for block in range(first, end)]
-        deks: list[memoryview] = []
-        for wrapped in wraps:
-            key = peek(wrapped)
-            if key is None:
-                break
-            deks.append(key)
-        else:
+        if ahead:
+            self._warm_ahead(end)
+        deks = self.ctx.keys.peek_all(extent.wraps_of(first, end))
+        if deks is not None:
             return deks
-        # A sequential reader will want the next blocks too: one round trip for all of them.
-        upto = min(extent.end, end + _READ_AHEAD_BLOCKS) if ahead else end
-        wraps += [extent.wrapped_of(block) for block in range(end, upto)]
-        run = KeyRun(self.state.file_id, Purpose.BLOCK, extent.kek_version, wraps, first)
-        return (await self.ctx.keys.unwrap([run]))[0][: end - first]
+        run = KeyRun(self.state.file_id, Purpose.BLOCK, extent.kek_version, extent.wraps_of(first, end), first)
+        return (await self.ctx.keys.unwrap([run]))[0]
+
+    def _warm_ahead(self, end: int) -> None:
+        """A sequential reader will want the next blocks' DEKs.
+
+        The agent unwraps them while these are read and decrypted.
+        """
+        if self.ctx.spawn is not None and end + _WARM_BLOCKS // 2 > self._warmed_to:
+            start = max(end, self._warmed_to)
+            self._warmed_to = start + _WARM_BLOCKS
+            runs = [
+                KeyRun(self.state.file_id, Purpose.BLOCK, e.kek_version, e.wraps_of(a, b), a)
+                for e in self.state.blocks.overlapping(start, self._warmed_to)
+                for a, b in ((max(e.first, start), min(e.end, self._warmed_to)),)
+                if e.home != POISON
+            ]
+            if runs:
+                self.ctx.spawn(self.ctx.keys.warm, runs)
 
     # writing ---------------------------------------------------------------------------------------------------
 

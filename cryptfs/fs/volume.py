@@ -37,15 +37,17 @@ class Volume:
 
     async def serve(self) -> None:
         """Background work: settling files, deleting what is dead. Ends when cancelled."""
-        if self.ctx.read_only:
-            return
         self._idle = trio.Event()
         try:
             with self._background:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self.files.serve)
-                    nursery.start_soon(self.reaper.serve)
+                    self.ctx.spawn = nursery.start_soon
+                    if not self.ctx.read_only:
+                        nursery.start_soon(self.files.serve)
+                        nursery.start_soon(self.reaper.serve)
+                    await trio.sleep_forever()
         finally:
+            self.ctx.spawn = None
             self._idle.set()
 
     async def flush(self) -> None:

@@ -47,6 +47,11 @@ class FuseSession:
             pyfuse3.init(Operations(self._volume), self._mountpoint, self._options)
         except RuntimeError as error:
             raise MountpointUnusable(f"mounting on {self._mountpoint} failed ({error})") from None
+
+    async def answering(self) -> None:
+        """Return once the mount has answered a request; `run` must be running."""
+        await trio.to_thread.run_sync(os.statvfs, self._mountpoint)
+        # Not before: the kernel sets its read-ahead anew when the binding has introduced itself.
         self._raise_read_ahead()
 
     def _raise_read_ahead(self) -> None:

@@ -120,6 +120,22 @@ class KeyCache:
         self.statistics.hits += 1
         return slot.view
 
+    def peek_all(self, wraps: Sequence[bytes]) -> list[memoryview] | None:
+        """See `DekProvider.peek_all`."""
+        if self.policy.max_uses is not None:
+            if any(w not in self._slots for w in wraps):
+                return None
+            keys = [self.peek(w) for w in wraps]
+            return None if None in keys else [k for k in keys if k is not None]
+        slots, now, out = self._slots, self._monotonic(), []
+        for wrapped in wraps:
+            slot = slots.get(wrapped)
+            if slot is None or slot.batch.deadline <= now:
+                return None
+            out.append(slot.view)
+        self.statistics.hits += len(out)
+        return out
+
     async def unwrap(self, runs: Sequence[KeyRun]) -> list[list[memoryview]]:
         """See `DekProvider.unwrap`."""
         used_up = False

@@ -75,6 +75,11 @@ class FakeDekProvider:
         held = self._held.get(wrapped)
         return memoryview(held[1]) if held is not None else None
 
+    def peek_all(self, wraps: Sequence[bytes]) -> list[memoryview] | None:
+        """See `DekProvider.peek_all`."""
+        keys = [self.peek(w) for w in wraps]
+        return None if None in keys else [k for k in keys if k is not None]
+
     async def unwrap(self, runs: Sequence[KeyRun]) -> list[list[memoryview]]:
         self._expire()
         if any(w not in self._held for run in runs for w in run.wrapped):
