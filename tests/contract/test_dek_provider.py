@@ -126,10 +126,12 @@ async def test_a_kit_has_what_a_new_file_needs(provider: Provider) -> None:
     provider.wipe()
     for kit, (log_key, *deks) in zip(kits, clear, strict=True):
         assert kit.deks is not None
-        got = await provider.keys.unwrap([
-            KeyRun(kit.log_id, Purpose.LOG_FILE, kit.kek_version, (kit.log_wrapped,)),
-            KeyRun(kit.log_id, Purpose.BLOCK, kit.kek_version, kit.deks.wrapped),
-        ])
+        got = await provider.keys.unwrap(
+            [
+                KeyRun(kit.log_id, Purpose.LOG_FILE, kit.kek_version, (kit.log_wrapped,)),
+                KeyRun(kit.log_id, Purpose.BLOCK, kit.kek_version, kit.deks.wrapped),
+            ]
+        )
         assert [[bytes(v) for v in run] for run in got] == [[log_key], deks]
 
 
@@ -142,10 +144,12 @@ async def test_a_kit_has_what_a_new_directory_needs(provider: Provider) -> None:
     assert kit.names_wrapped is not None
     log_key, names_key = bytes(kit.log_key), bytes(kit.names_key)
     provider.wipe()
-    got = await provider.keys.unwrap([
-        KeyRun(kit.log_id, Purpose.LOG_DIR, kit.kek_version, (kit.log_wrapped,)),
-        KeyRun(kit.log_id, Purpose.NAMES, kit.kek_version, (kit.names_wrapped,)),
-    ])
+    got = await provider.keys.unwrap(
+        [
+            KeyRun(kit.log_id, Purpose.LOG_DIR, kit.kek_version, (kit.log_wrapped,)),
+            KeyRun(kit.log_id, Purpose.NAMES, kit.kek_version, (kit.names_wrapped,)),
+        ]
+    )
     assert [[bytes(v) for v in run] for run in got] == [[log_key], [names_key]]
 
 

@@ -143,7 +143,6 @@ def files_of(vault: Path) -> set[str]:
     }
 
 
-
 def test_a_file_opened_with_o_trunc_is_empty_for_good(mounted: Box) -> None:
     paths = [mounted.clear / name for name in ("emptied", "shorter", "read-only")]
     for path in paths:

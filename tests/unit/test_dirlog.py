@@ -19,9 +19,7 @@ entries = st.builds(
     Entry, sealed_names, st.sampled_from(Kind), st.binary(min_size=16, max_size=16), st.integers(0, 2**64 - 1)
 )
 wrapped_keys = st.binary(min_size=40, max_size=40)
-sealeds = st.builds(
-    Sealed, st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1), wrapped_keys, st.binary(max_size=9)
-)
+sealeds = st.builds(Sealed, st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1), wrapped_keys, st.binary(max_size=9))
 
 
 @st.composite
