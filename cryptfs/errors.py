@@ -17,6 +17,8 @@
     +-- ProtocolError              22   a message that breaks the agent protocol
     +-- Denied                     23   a policy of the agent refuses the request
     +-- Repaired                   24   damage was found and put right: `check --repair` ends with it, nothing raises it
+    +-- (VolumeDamaged) RolledBack 25   an older state of the volume than this machine has seen
+    +-- FreshnessUnavailable       26   the record of what this machine has seen cannot be read or written
 
 The numbers are part of the command line's contract (docs/CLI_ABI.md): never reused, never renumbered. This module
 imports nothing; only `cli` turns an error into advice, only `fuse` into an errno.
@@ -130,3 +132,15 @@ class Repaired(CryptfsError):
     """Damage or leftovers were found and put right. Never raised: `check --repair` ends with its code."""
 
     exit_code = 24
+
+
+class RolledBack(VolumeDamaged):
+    """All of the volume, or its `volume` or `state`, is older than this machine has seen: nothing is served."""
+
+    exit_code = 25
+
+
+class FreshnessUnavailable(CryptfsError):
+    """The record of what this machine has seen of the volume is damaged, in use, or cannot be written."""
+
+    exit_code = 26

@@ -40,10 +40,15 @@ def agent_socket() -> str:
 
 def state_dir() -> str:
     """The directory of what must survive a reboot; made with mode 0700 if missing. Raises as `runtime_dir` does."""
+    return private_dir(state_path())
+
+
+def state_path() -> str:
+    """Where `state_dir` is or will be; touches nothing."""
     base = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(base):
         base = os.path.join(os.path.expanduser("~"), ".local", "state")
-    return private_dir(os.path.join(base, "cryptfs"))
+    return os.path.join(base, "cryptfs")
 
 
 def private_dir(path: str) -> str:

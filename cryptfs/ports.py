@@ -58,11 +58,47 @@ class Kit:
     deks: FreshKeys | None
 
 
-class DekProvider(Protocol):
+class FreshnessRecord(Protocol):
+    """What this machine has seen of the volume, kept outside its cipher directory (docs/FRESHNESS.md).
+
+    A log's *floor* is the generation it must have at least: 0 if it was never seen, `DELETED` if it must not be there
+    at all. Methods that wait raise `FreshnessUnavailable`, `AgentUnavailable` or `VolumeLocked`.
+    """
+
+    def floor(self, log_id: bytes) -> int:
+        """The floor of a log whose key was just handed out; means something until the caller's next `await`."""
+        ...
+
+    async def ask_floors(self, log_ids: Sequence[bytes]) -> list[int]:
+        """The floors of logs whose keys were not asked for."""
+        ...
+
+    async def begin(self, state_sequence: int) -> bool:
+        """Show the sequence number `state` has now; whether the volume is seen for the first time.
+
+        Raises `RolledBack` if a later one was seen.
+        """
+        ...
+
+    async def record(
+        self, logs: Mapping[bytes, int], gone: Sequence[bytes] = (), state_sequence: int | None = None
+    ) -> None:
+        """Raise floors to what is durable now, and bury logs whose deletion is.
+
+        `state_sequence` only if the whole file system was synced since the volume was opened.
+        """
+        ...
+
+    async def accept(self, logs: Mapping[bytes, int]) -> None:
+        """Set floors to what the owner says is right, also of buried logs. It is logged."""
+        ...
+
+
+class DekProvider(FreshnessRecord, Protocol):
     """The only way to a key in clear. Batches only: one round trip to the agent costs as much as 50 keys in it.
 
-    Every method may raise `AgentUnavailable` or `VolumeLocked`. A view handed out is valid until the caller's next
-    `await`; after that the cache may have wiped it.
+    Keys of logs come with their floors. Every method may raise `AgentUnavailable` or `VolumeLocked`. A view handed out
+    is valid until the caller's next `await`; after that the cache may have wiped it.
     """
 
     def peek(self, wrapped: bytes) -> memoryview | None:

@@ -30,6 +30,10 @@ EPOCH_SHIFT = 40
 EPOCH_MAX = (1 << 24) - 1
 
 
+DELETED = -1
+"""In place of the generation a log must have at least: it was deleted, and must not be there at all."""
+
+
 def epoch_of(generation: int) -> int:
     """The mount epoch a generation was made in."""
     return generation >> EPOCH_SHIFT

@@ -21,6 +21,7 @@ import trio
 from cryptfs.agent.hardening import harden
 from cryptfs.agent.server import Server
 from cryptfs.errors import CryptfsError, UsageError
+from cryptfs.paths import state_path
 from cryptfs.roots.passphrase import PassphraseProvider
 
 log = logging.getLogger("cryptfs.agent")
@@ -74,6 +75,7 @@ async def _run(path: str, exit_when_empty: bool, ready_fd: int | None, foregroun
     passphrase = PassphraseProvider(os.urandom)
     server = Server(
         providers={passphrase.kind: passphrase},
+        state_dir=state_path(),
         random=os.urandom,
         clock=SystemClock(),
         exit_when_empty=exit_when_empty,

@@ -14,8 +14,11 @@ KEYS_MAX = 4096
 """Most keys one request may make or unwrap: what bounds the time other clients wait (about 1 µs a key)."""
 KITS_MAX = 256
 PATH_MAX_BYTES = 4096
+LOGS_MAX = 1024
+"""Most logs one request may record or ask about: a few milliseconds for everybody else."""
 VERSION_MAX = (1 << 32) - 1
 BLOCK_MAX = (1 << 63) - 1
+SEQUENCE_MAX = (1 << 63) - 1
 
 # A key of this purpose is derived, never wrapped: nobody may have the agent make or unwrap one.
 _PURPOSES: Mapping[str, Purpose] = {p.value: p for p in Purpose if p is not Purpose.VOLUME_MAC}
@@ -73,6 +76,19 @@ def get_bool(args: Args, name: str) -> bool:
     if type(value) is not bool:
         raise ProtocolError(f"{name} must be a bool")
     return value
+
+
+def get_packed(args: Args, name: str, width: int) -> bytes:
+    """A bin of whole items of `width` bytes each, at most 1024 of them."""
+    value = get_bytes(args, name, 0, LOGS_MAX * width)
+    if len(value) % width:
+        raise ProtocolError(f"{name} must be a whole number of items of {width} bytes")
+    return value
+
+
+def get_sequence(args: Args, name: str) -> int:
+    """A sequence number of `state`."""
+    return get_int(args, name, 0, SEQUENCE_MAX)
 
 
 def get_purpose(args: Args, name: str) -> Purpose:

@@ -15,6 +15,7 @@ import struct
 
 import trio
 
+from cryptfs.agent.freshness import Records
 from cryptfs.agent.listen import listening
 from cryptfs.agent.service import Service
 from cryptfs.agent.unlocking import Providers
@@ -25,7 +26,8 @@ from cryptfs.ports import Clock, Random
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 128
-SLOW_PER_CONNECTION_MAX = 4
+SLOW_PER_CONNECTION_MAX = 64
+"""Requests that wait for a thread: a KDF's, or that of the freshness records."""
 RECV_BYTES = 64 << 10
 UNSENT_MAX_BYTES = 16 << 20
 """Answers and pushes a peer has not read; beyond it the connection ends."""
@@ -45,15 +47,20 @@ class Server:
         self,
         *,
         providers: Providers,
+        state_dir: str,
         random: Random,
         clock: Clock,
         exit_when_empty: bool = False,
         startup_grace_s: float = STARTUP_GRACE_S,
         empty_grace_s: float = EMPTY_GRACE_S,
     ) -> None:
-        """`exit_when_empty`: end once no volume is unlocked and no connection is open, after the grace times."""
+        """`state_dir` (absolute) is where what must outlive the agent is kept; made when first needed.
+
+        `exit_when_empty`: end once no volume is unlocked and no connection is open, after the grace times.
+        """
         self._service = Service(
             providers=providers,
+            records=Records(os.path.join(state_dir, "fresh"), clock),
             random=random,
             clock=clock,
             exit_when_empty=exit_when_empty,
@@ -79,6 +86,7 @@ class Server:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._accept, listener)
+                    nursery.start_soon(self._close_records)
                     if self._exit_when_empty:
                         nursery.start_soon(self._wait_empty)
                     task_status.started()
@@ -86,6 +94,8 @@ class Server:
                     nursery.cancel_scope.cancel()
             finally:
                 self._service.forget_all()
+                with trio.CancelScope(shield=True):
+                    await self._service.close_records()
 
     async def stop_on_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """End the server at SIGTERM, SIGINT or SIGHUP."""
@@ -99,6 +109,12 @@ class Server:
     def _on_change(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+
+    async def _close_records(self) -> None:
+        while True:
+            changed = self._changed
+            await self._service.close_records()
+            await changed.wait()
 
     @property
     def _empty(self) -> bool:
@@ -247,7 +263,7 @@ class Connection:
 
     async def _handle_slow(self, request: Request) -> None:
         try:
-            self.post(await self._service.answer_slow(request))
+            self.post(await self._service.answer_slow(self, request))
         finally:
             self._slow -= 1
 

@@ -1,6 +1,6 @@
 """What the agent does for each verb of docs/AGENT_PROTOCOL.md; sockets are the server's affair.
 
-Everything here runs on the server's one loop, and only `create` and `unlock` ever await (their KDF runs in a
+Everything here runs on the server's one loop, and only what runs a KDF or touches a freshness record ever awaits (a
 thread): between two awaits nobody else sees or changes the keyring. No reply, log line or error text quotes a
 secret; a refused request is logged by verb and error code.
 """
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import trio
 
 from cryptfs.agent import args as arg
 from cryptfs.agent.args import Args
+from cryptfs.agent.freshness import Records
 from cryptfs.agent.keyring import Keyring
+from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
 from cryptfs.agent.unlocking import NewVolume, Providers, Unlocked, create_volume, unlock_volume
 from cryptfs.crypto.secret import Secret
 from cryptfs.errors import (
     CryptfsError,
     Denied,
+    FreshnessUnavailable,
     ProtocolError,
+    RolledBack,
     UnsupportedFormat,
     UsageError,
     VolumeBusy,
@@ -34,6 +37,7 @@ from cryptfs.errors import (
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Request, encode_failure, encode_push, encode_reply
 from cryptfs.format.volume import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, FILE_MAX_BYTES, LABEL_MAX_CHARS
 from cryptfs.ports import Clock, Random
+from cryptfs.types import Purpose
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ KDF_AT_ONCE = 1
 _CODES: tuple[tuple[type[CryptfsError], str], ...] = (
     (VolumeLocked, "locked"),
     (WrongSecret, "wrong-secret"),
+    (RolledBack, "rolled-back"),
+    (FreshnessUnavailable, "freshness"),
     (VolumeDamaged, "damaged"),
     (UnsupportedFormat, "unsupported"),
     (Denied, "denied"),
@@ -53,32 +59,16 @@ _CODES: tuple[tuple[type[CryptfsError], str], ...] = (
 )
 
 
-class Peer(Protocol):
-    """What the service knows of a connection."""
-
-    @property
-    def pid(self) -> int:
-        """The process that connected, as the kernel says."""
-        ...
-
-    def post(self, message: bytes) -> None:
-        """Queue an encoded message; never blocks and never raises."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Attachment:
-    peer: Peer
-    cipher_dir: bytes
-    mountpoint: bytes
+_LOG_PURPOSES = frozenset({Purpose.LOG_FILE, Purpose.LOG_DIR})
 
 
 class Service:
     """The verbs, on one keyring."""
 
     def __init__(
-        self, *, providers: Providers, random: Random, clock: Clock, exit_when_empty: bool, changed: Callable[[], None]
-    ) -> None:
+        self, *, providers: Providers, records: Records, random: Random, clock: Clock, exit_when_empty: bool,
+        changed: Callable[[], None],
+    ) -> None:  # fmt: skip
         """`changed` is called after the set of unlocked volumes may have changed."""
         self._providers = providers
         self._random = random
@@ -86,7 +76,8 @@ class Service:
         self._exit_when_empty = exit_when_empty
         self._changed = changed
         self._keyring = Keyring(random)
-        self._attached: dict[bytes, _Attachment] = {}
+        self._records = records
+        self._attached: dict[bytes, Attachment] = {}
         self._cipher_dirs: dict[bytes, bytes] = {}
         self._kept: set[bytes] = set()
         self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
@@ -103,10 +94,15 @@ class Service:
             "stop": self._stop,
         }
         self._of_peer: Mapping[str, Callable[[Peer, Args], dict[str, Any]]] = {
-            "attach": self._attach,
             "detach": self._detach,
         }
-        self._slow: frozenset[str] = frozenset({"create", "unlock"})
+        self._slow: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
+            "create": self._create,
+            "unlock": self._unlock,
+            "attach": self._attach,
+            "unwrap": self._unwrap_first,
+            **Recording(self._keyring, records, self._attached).verbs,
+        }
 
     @property
     def empty(self) -> bool:
@@ -115,6 +111,10 @@ class Service:
 
     def is_slow(self, request: Request) -> bool:
         """Whether `answer_slow` must be awaited for this request rather than `answer` called."""
+        if request.verb == "unwrap":
+            # Only the first one: its answer needs the volume's freshness record, which is on disk yet.
+            volume_id = request.args.get("volume_id")
+            return type(volume_id) is bytes and self._keyring.holds(volume_id) and self._records.get(volume_id) is None
         return request.verb in self._slow
 
     def answer(self, peer: Peer, request: Request) -> bytes:
@@ -131,13 +131,10 @@ class Service:
         except Exception as error:  # noqa: BLE001 - one request's failure is that request's answer
             return _failure(request, error)
 
-    async def answer_slow(self, request: Request) -> bytes:
-        """As `answer`, for `create` and `unlock`. If cancelled, nothing is held that was not held before."""
+    async def answer_slow(self, peer: Peer, request: Request) -> bytes:
+        """As `answer`, for verbs that wait for a thread. If cancelled, nothing is held that was not held before."""
         try:
-            if request.verb == "create":
-                result = await self._create(request.args)
-            else:
-                result = await self._unlock(request.args)
+            result = await self._slow[request.verb](peer, request.args)
             return encode_reply(request.request_id, result)
         except Exception as error:  # noqa: BLE001 - one request's failure is that request's answer
             return _failure(request, error)
@@ -148,6 +145,10 @@ class Service:
             log.info("the daemon of volume %s is gone", volume_id.hex())
             self._unattach(volume_id, keep=False)
         self._changed()
+
+    async def close_records(self) -> None:
+        """Close the freshness records of volumes that are neither unlocked nor mounted."""
+        await self._records.close_but({*self._keyring.volume_ids, *self._attached})
 
     def forget_all(self) -> None:
         """Wipe every KEK and tell the daemons."""
@@ -162,7 +163,7 @@ class Service:
             raise ProtocolError("role must be cli or daemon")
         return {"version": PROTOCOL_VERSION, "pid": os.getpid(), "started_s": self._started_s}
 
-    async def _create(self, args: Args) -> dict[str, Any]:
+    async def _create(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "block_size", "kind", "kdf_cost", "label", "secret")
         new = NewVolume(
             block_size=arg.get_int(args, "block_size", BLOCK_SIZE_MIN, BLOCK_SIZE_MAX),
@@ -179,7 +180,7 @@ class Service:
         self._hold(unlocked, b"")
         return {"volume": unlocked.data}
 
-    async def _unlock(self, args: Args) -> dict[str, Any]:
+    async def _unlock(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume", "cipher_dir", "secret")
         data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
         cipher_dir = arg.get_path(args, "cipher_dir")
@@ -236,22 +237,28 @@ class Service:
             )
         return {"pid": os.getpid(), "exit_when_empty": self._exit_when_empty, "volumes": volumes}
 
-    def _attach(self, peer: Peer, args: Args) -> dict[str, Any]:
+    async def _attach(self, peer: Peer, args: Args) -> dict[str, Any]:
+        volume_id, attachment = self._attachment(peer, args)
+        record = await self._records.opened(volume_id)
+        # Once more: while the record was opened, the volume may have been locked or attached to.
+        volume_id, attachment = self._attachment(peer, args)
+        if attachment.serial < record.seen.serial or attachment.kek_version < record.seen.kek_version:
+            raise RolledBack("the volume file is older than this machine has seen it")
+        self._attached[volume_id] = attachment
+        self._kept.discard(volume_id)
+        return {"kek_version": attachment.kek_version}
+
+    def _attachment(self, peer: Peer, args: Args) -> tuple[bytes, Attachment]:
         arg.expect(args, "volume_id", "cipher_dir", "mountpoint", "volume")
         volume_id = arg.get_id(args, "volume_id")
-        attachment = _Attachment(peer, arg.get_path(args, "cipher_dir"), arg.get_path(args, "mountpoint"))
-        data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
-        if not self._keyring.holds(volume_id):
-            raise VolumeLocked("the volume is locked")
-        volume = self._keyring.check_file(data)
-        if volume.volume_id != volume_id:
-            raise VolumeDamaged("the volume file is that of another volume")
+        cipher_dir, mountpoint = arg.get_path(args, "cipher_dir"), arg.get_path(args, "mountpoint")
+        volume = check_file(self._keyring, volume_id, arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES))
+        if self._records.would_vanish_under(os.fsdecode(mountpoint)):
+            raise Denied(f"a mount on {os.fsdecode(mountpoint)} would hide the key agent's state directory")
         other = self._attached.get(volume_id)
         if other is not None and other.peer is not peer:
             raise VolumeBusy(f"the volume is mounted already, by process {other.peer.pid}")
-        self._attached[volume_id] = attachment
-        self._kept.discard(volume_id)
-        return {"kek_version": volume.kek_version}
+        return volume_id, Attachment(peer, cipher_dir, mountpoint, volume.serial, volume.kek_version)
 
     def _detach(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "keep")
@@ -300,9 +307,19 @@ class Service:
         kek_version, kits = self._keyring.kits(volume_id, directory=directory, count=count, deks=deks)
         return {"kek_version": kek_version, "kits": kits}
 
+    async def _unwrap_first(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        await self._records.opened(arg.get_id(args, "volume_id"))
+        return self._unwrap(args)
+
     def _unwrap(self, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "items")
-        return {"keys": self._keyring.unwrap(arg.get_id(args, "volume_id"), arg.get_items(args, "items"))}
+        volume_id, items = arg.get_id(args, "volume_id"), arg.get_items(args, "items")
+        keys = self._keyring.unwrap(volume_id, items)
+        record = self._records.get(volume_id)
+        if record is None:
+            raise VolumeLocked("the volume was locked meanwhile")
+        floors = [record.floor(log_id) if purpose in _LOG_PURPOSES else 0 for log_id, purpose, _, _ in items]
+        return {"keys": keys, "floors": floors}
 
     def _stop(self, args: Args) -> dict[str, Any]:
         arg.expect(args)

@@ -14,6 +14,8 @@ E = TypeVar("E", bound=errors.CryptfsError)
 _BY_CLASS: dict[type[errors.CryptfsError], str] = {
     errors.NotAVolume: "`cryptfs init DIR` makes a volume",
     errors.VolumeDamaged: "put back the files `volume` and `state` from a backup of this same volume",
+    errors.RolledBack: "restored from a backup, or a second copy? `cryptfs check DIR --accept-all` takes it as it is",
+    errors.FreshnessUnavailable: "if the record is lost, move it away: the volume is then trusted as it is, once",
     errors.UnsupportedFormat: "a newer cryptfs wrote this volume; use that version",
     errors.WrongSecret: "check the keyboard layout and the caps lock key",
     errors.VolumeBusy: "`cryptfs status` shows where it is mounted",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cryptfs.cli import passphrase, ui
+from cryptfs.errors import UsageError
 
 if TYPE_CHECKING:
     from cryptfs.ops.check_report import Report
@@ -19,13 +20,23 @@ if TYPE_CHECKING:
 @click.option(
     "--repair", is_flag=True, help="Put right what can be; the rest goes to a directory in the volume. Not mounted."
 )
+@click.option(
+    "--accept",
+    "accepted",
+    metavar="PATH",
+    multiple=True,
+    help="Take PATH in the volume as it is now, and all below: you restored, removed or added it. Not mounted.",
+)
+@click.option("--accept-all", is_flag=True, help="Take the whole volume as it is now, however old. Not mounted.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @passphrase.options
-def check(
+def check(  # noqa: PLR0913  one parameter per option
     dir: Path,  # noqa: A002
     *,
     deep: bool,
     repair: bool,
+    accepted: tuple[str, ...],
+    accept_all: bool,
     as_json: bool,
     passfile: Path | None,
     passfd: int | None,
@@ -35,14 +46,37 @@ def check(
 
     Ends with 0 if nothing is damaged, 21 if something is, 24 if --repair put right all there was.
     """
-    # Accepting a deliberate change (`--accept PATH`) belongs here: an option that names paths and is handed on with
-    # the record of what was last seen, before anything is judged.
-    report = _report(dir, passphrase.choose(passfile, passfd, extpass), deep=deep, repair=repair)
+    sources = passphrase.choose(passfile, passfd, extpass)
+    if accepted or accept_all:
+        if deep or repair:
+            raise UsageError("accepting, and looking or repairing, are done one after the other")
+        return _accept(dir, sources, accepted, everything=accept_all, as_json=as_json)
+    report = _report(dir, sources, deep=deep, repair=repair)
     if as_json:
         ui.out_json(report.as_json())
     else:
         _show(report)
     return exit_code(report)
+
+
+def _accept(
+    cipher_dir: Path, sources: passphrase.Sources, paths: tuple[str, ...], *, everything: bool, as_json: bool
+) -> int:
+    from cryptfs.cli import accept
+    from cryptfs.errors import Damaged
+    from cryptfs.ops.accept import Outcome
+
+    outcome = Outcome()
+    if everything:
+        accept.accept_all(cipher_dir, sources)
+        ui.done(f"{cipher_dir} is taken as it is from now on")
+    if paths:
+        outcome = accept.accept(cipher_dir, sources, paths)
+    if as_json:
+        ui.out_json(accept.as_json(outcome))
+    elif paths:
+        accept.show(outcome)
+    return Damaged.exit_code if outcome.refused else 0
 
 
 def _report(cipher_dir: Path, sources: passphrase.Sources, *, deep: bool, repair: bool) -> Report:

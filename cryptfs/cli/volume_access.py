@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from cryptfs import paths
 from cryptfs.cli import mounts, passphrase, ui
 from cryptfs.errors import CryptfsError, VolumeBusy
 from cryptfs.keys.agent_client import AgentClient, open_agent
-from cryptfs.keys.cache import KeyCache, KitBytes, UnwrapItem
+from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.clock import SystemClock
 from cryptfs.keys.policy import CachePolicy
+from cryptfs.keys.volume_requests import VolumeRequests
 from cryptfs.ops.info import read_volume_file
 from cryptfs.ops.init import config_of
 from cryptfs.ops.offline import Access, Settle
@@ -109,7 +110,7 @@ async def _reached(
             # Its daemon has lost sight of the agent, and must find its place free when it comes back.
             await client.detach(config.volume_id, keep=True)
             attached = False
-        keys = KeyCache(_Upstream(client, config.volume_id), CachePolicy(max_entries=MAX_ENTRIES), clock)
+        keys = KeyCache(VolumeRequests.over(client, config.volume_id), CachePolicy(max_entries=MAX_ENTRIES), clock)
 
         def make_store() -> Store:
             return LocalStore(cipher_dir)
@@ -162,20 +163,3 @@ def _settle_through(mountpoint: Path) -> Settle:
             await trio.to_thread.run_sync(sync, path, abandon_on_cancel=True)
 
     return settle
-
-
-class _Upstream:
-    """The agent, for one volume."""
-
-    def __init__(self, client: AgentClient, volume_id: bytes) -> None:
-        self._client = client
-        self._volume_id = volume_id
-
-    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]:
-        return await self._client.unwrap(self._volume_id, items)
-
-    async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
-        return await self._client.generate(self._volume_id, log_id, purpose, count)
-
-    async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
-        return await self._client.kits(self._volume_id, directory=directory, count=count, deks=deks)

@@ -28,7 +28,12 @@ DEPTH_MAX = 6
 ID_MAX = (1 << 63) - 1
 VERB_MAX_CHARS = 32
 
-CODES = frozenset({"locked", "wrong-secret", "damaged", "unsupported", "denied", "protocol", "busy", "internal"})
+CODES = frozenset(
+    {
+        "locked", "wrong-secret", "damaged", "rolled-back", "unsupported", "denied", "protocol", "busy", "freshness",
+        "internal",
+    }
+)  # fmt: skip
 """The error codes of version 1."""
 
 _LEAVES = frozenset({bytes, str, int, bool, type(None)})

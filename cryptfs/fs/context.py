@@ -16,6 +16,7 @@ from cryptfs.crypto.mac import mac, same
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import DataHeader
 from cryptfs.format.state import State
+from cryptfs.fs.freshness import Freshness
 from cryptfs.ports import Clock, DekProvider, KeyRun, Random, Store
 from cryptfs.types import EPOCH_SHIFT, Purpose, epoch_of
 
@@ -63,6 +64,7 @@ class FsContext:
         self._buffers: list[memoryview] = []
         self._dirs: dict[bytes, int] = {}
         self.threads = trio.CapacityLimiter(16)
+        self.freshness = Freshness(keys, self.sync_everything, lambda: self.doubts)
 
     # generations -----------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
 from cryptfs.format.log import DELTA, KIND_DIR, Head, LogHeader
 from cryptfs.fs.context import FsContext, open_log
+from cryptfs.fs.freshness import check
 from cryptfs.fs.locks import SharedLock
 from cryptfs.fs.resync import log_again
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log, vouched_in_tail
@@ -60,6 +61,8 @@ class DirNode:
         """Somebody listed it: its files may be read in that order next."""
         self.durable_gen = 0
         self.last_gen = 0
+        self.done_gen = 0
+        """The newest frame whose call on the tree is done: what comes after it is not durable by syncing both."""
         self._log: SealedLog | None = None
         self.unsure: set[bytes] = set()
         """Sealed names recorded in an epoch that ended uncleanly: what they name may never have reached the disk."""
@@ -184,6 +187,8 @@ class DirNode:
             self._flush((await self.keys()).log_key)
             if self._strays:
                 raise OSError(errno.EIO, "something that failed half-way could not be taken back")
+        if self.lock.idle:
+            self.settled()
 
     @property
     def has_pending(self) -> bool:
@@ -203,6 +208,12 @@ class DirNode:
         self.log.append(self.ctx.store, log_key, Frame(generation, self.durable_gen, size, payload.encode()))
         self.last_gen = generation
 
+    def settled(self) -> None:
+        """No change is under way: the tree has all that the log says, and, unless something is pending, no more."""
+        if self.done_gen != self.last_gen and not self.has_pending:
+            self.done_gen = self.last_gen
+            self.ctx.freshness.wrote(self.dir_id, self.last_gen)
+
     def _hold(self, payload: DirPayload) -> None:
         for sealed in payload.gone:
             self.entries.pop(sealed, None)
@@ -221,7 +232,8 @@ class DirNode:
     async def _sync(self) -> None:
         await self._written_again()
         await self.flush()
-        generation, store = self.last_gen, self.ctx.store
+        # A change may be under way that has its frame and waits for something before its call on the tree.
+        generation, store = self.done_gen, self.ctx.store
 
         def both() -> None:
             store.fdatasync(self.log.fd)
@@ -229,9 +241,11 @@ class DirNode:
 
         # Believed only if it returns: see `resync`.
         self._distrusted = True
-        await self.ctx.in_thread(both)
+        with self.ctx.freshness.doubted_on_failure(self.dir_id):
+            await self.ctx.in_thread(both)
         self._distrusted = False
         self.durable_gen = max(self.durable_gen, generation)
+        self.ctx.freshness.durable(self.dir_id, generation)
 
     async def _written_again(self) -> None:
         """After a sync that failed."""
@@ -245,7 +259,8 @@ class DirNode:
         async with self._syncing:
             await self._written_again()
             before, self._distrusted = self._distrusted, True
-            await self.ctx.in_thread(self.ctx.store.fdatasync, self.log.fd)
+            with self.ctx.freshness.doubted_on_failure(self.dir_id):
+                await self.ctx.in_thread(self.ctx.store.fdatasync, self.log.fd)
             self._distrusted = before
 
     async def compact(self, prepare: Callable[[DirNode], Awaitable[None]] | None = None) -> None:
@@ -280,10 +295,12 @@ class DirNode:
             finally:
                 key[:] = bytes(len(key))
             self.last_gen = generation
+            self.settled()
             # The log's new name is not a change of the directory the user sees.
             self.ctx.store.futimens(self.fd, before.st_atime_ns, before.st_mtime_ns)
             before_sync, self._distrusted = self._distrusted, True
-            await self.ctx.in_thread(self.ctx.store.fsync, self.fd)
+            with self.ctx.freshness.doubted_on_failure(self.dir_id):
+                await self.ctx.in_thread(self.ctx.store.fsync, self.fd)
             self._distrusted = before_sync
 
     def close_log(self) -> None:
@@ -313,6 +330,7 @@ class DirNode:
         node._log = SealedLog.create(ctx.store, fd, DIR_LOG, header, kit.log_key, frame)
         node._doubts = ctx.doubts
         node.last_gen = generation
+        node.settled()
         return node
 
     @classmethod
@@ -335,13 +353,13 @@ class DirNode:
             node = cls(ctx, ino, fd, header)
             node.writable = writable
             (log_key,), _ = await ctx.keys.unwrap(key_runs(header))
-            node._adopt(log_fd, authenticate(parsed, log_key), log_key)
+            node._adopt(log_fd, authenticate(parsed, log_key), log_key, ctx.freshness.floor(dir_id))
         except BaseException:
             store.close(log_fd)
             raise
         return node
 
-    def _adopt(self, log_fd: int, replayed: Replay, log_key: memoryview) -> None:
+    def _adopt(self, log_fd: int, replayed: Replay, log_key: memoryview, floor: int) -> None:
         ctx = self.ctx
         heads = replayed.heads
         last = heads[-1].generation if heads else 0
@@ -352,23 +370,24 @@ class DirNode:
             if not (ctx.crashed_since(last) and epoch_of(last) < ctx.state.epoch):
                 raise Damaged("dir-log", "a frame is damaged")
             keep = next((i for i, payload in enumerate(replayed.payloads) if payload is None), keep)
-        if not keep or (keep < len(heads) and heads[keep].generation <= replayed.durable_up_to):
+        if not keep or (keep < len(heads) and heads[keep].generation <= max(replayed.durable_up_to, floor)):
             raise Damaged("dir-log", "a frame is damaged")
         if replayed.tail and vouched_in_tail(replayed, log_key) > heads[keep - 1].generation:
             raise Damaged("dir-log", "an acknowledged frame is damaged")
+        check(heads[keep - 1].generation, floor)
         crashed = ctx.crashed_since(last) and epoch_of(last) < ctx.state.epoch
         for head, payload in zip(heads[:keep], replayed.payloads[:keep], strict=True):
             assert payload is not None
             decoded = decode_dir(payload)
             if crashed:
-                self._bind(head, decoded, replayed.durable_up_to)
+                self._bind(head, decoded, max(replayed.durable_up_to, floor))
             self._hold(decoded)
         if crashed and not self.bindings:
             self.bindings = {sealed: [entry] for sealed, entry in self.entries.items()}
         self._log = SealedLog.resume(log_fd, replayed, keep)
         if torn and not ctx.read_only:
             ctx.store.ftruncate(log_fd, self._log.end)
-        self.last_gen = heads[keep - 1].generation
+        self.last_gen = self.done_gen = heads[keep - 1].generation
         old = [h.generation for h in heads[:keep] if epoch_of(h.generation) < ctx.state.epoch]
         self.durable_gen = max([h.durable_up_to for h in heads[:keep]] + old)
 

@@ -25,6 +25,7 @@ from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.format.log import KIND_FILE, LogHeader
 from cryptfs.format.sidecar import SidecarPayload
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
+from cryptfs.fs.freshness import check
 from cryptfs.fs.history import POISON, build_map
 from cryptfs.fs.recovery import recover, restart_newborn
 from cryptfs.fs.resync import write_again
@@ -70,6 +71,8 @@ class Journal:
         self._owes_word = False
         """An fsync succeeded and no frame says so yet: without one, a crash could not be told from damage."""
         self._last_gen = 0
+        self._found_gen = 0
+        """The generation the log ended at when it was opened."""
         self._sidecar_new = False
         self._syncing = trio.Lock()
         self._distrusted = False
@@ -194,7 +197,8 @@ class Journal:
             # Before the call: who changes attributes takes no lock, and what comes during the sync is not part of it.
             state.meta_unsynced = False
         try:
-            await self.ctx.in_threads(calls)
+            with self.ctx.freshness.doubted_on_failure(state.file_id):
+                await self.ctx.in_threads(calls)
         except OSError:
             self._distrusted = True
             state.meta_unsynced = state.meta_unsynced or not data_only
@@ -214,6 +218,8 @@ class Journal:
     def _settled(self) -> None:
         """All of the file is durable as it is now; what stood aside is dead."""
         self._owes_word = self._owes_word or self.durable_gen != self._last_gen
+        if self._last_gen:
+            self.ctx.freshness.durable(self.state.file_id, self._last_gen)
         self.durable_gen = self._last_gen
         self.state.acked = True
         self.state.blocks.settle()
@@ -286,9 +292,11 @@ class Journal:
         # From here on the log is the new one, whatever becomes of the sync.
         self._last_gen = generation
         self._sidecar_new = True
-        await ctx.in_thread(ctx.store.fsync, where)
+        with ctx.freshness.doubted_on_failure(state.file_id):
+            await ctx.in_thread(ctx.store.fsync, where)
         self._sidecar_new = False
         self.durable_gen = generation
+        ctx.freshness.durable(state.file_id, generation)
 
     # opening ---------------------------------------------------------------------------------------------------
 
@@ -324,6 +332,7 @@ class Journal:
         except FileNotFoundError:
             if not (ctx.forgives(born) if raw_header else ctx.crashed_before):
                 raise Damaged("missing-sidecar") from None
+            await ctx.freshness.check_unborn(state.file_id)
             await restart_newborn(self, data_size)
             return
         try:
@@ -336,9 +345,10 @@ class Journal:
             self.log_wrapped, self.kek_version = log_header.log_wrapped, log_header.kek_version
             if ctx.keys.peek(self.log_wrapped) is None:
                 await self.owner.warm(parsed)
-            await self._adopt(
-                fd, authenticate(parsed, await self.log_key()), data_size, born, has_header=bool(raw_header)
-            )
+            log_key = await self.log_key()
+            floor = ctx.freshness.floor(state.file_id)
+            replayed = authenticate(parsed, log_key)
+            await self._adopt(fd, replayed, data_size, born, floor, has_header=bool(raw_header))
         except BaseException:
             if self.log is None or self.log.fd != fd:
                 store.close(fd)
@@ -358,17 +368,20 @@ class Journal:
             raise
         return fd
 
-    async def _adopt(self, fd: int, replayed: Replay, data_size: int, born: int, *, has_header: bool) -> None:
+    async def _adopt(
+        self, fd: int, replayed: Replay, data_size: int, born: int, floor: int, *, has_header: bool
+    ) -> None:
         ctx, state = self.ctx, self.state
         self._open_twin()
         last = replayed.heads[-1].generation if replayed.heads else born
         if ctx.state is not None and epoch_of(last) < ctx.state.epoch and ctx.crashed_since(last):
-            await recover(self, fd, replayed, data_size, born=born if has_header else None)
+            await recover(self, fd, replayed, data_size, floor, born=born if has_header else None)
             return
         if not replayed.heads:
             raise Damaged("frame", "no intact frame")
         if replayed.tail:
             raise Damaged("frame", f"{replayed.tail} bytes after the last intact frame")
+        check(last, floor)
         blocks, size = build_map(replayed, len(replayed.heads), ctx.config.block_size)
         if data_size != HEADER_BYTES + size:
             raise Damaged("size", f"data file of {data_size} bytes, {HEADER_BYTES + size} expected")
@@ -386,7 +399,7 @@ class Journal:
         self.log.unsynced = True
         self._sidecar_new = not self.entry_durable
         state.twin_new = state.twin_fd is not None and all(e.home != HOME_TWIN for e in blocks)
-        self._last_gen = replayed.heads[keep - 1].generation
+        self._last_gen = self._found_gen = replayed.heads[keep - 1].generation
         said = max(head.durable_up_to for head in replayed.heads[:keep])
         # Mounting synced the whole file system: frames of earlier epochs are durable.
         old = [h.generation for h in replayed.heads[:keep] if ctx.state and epoch_of(h.generation) < ctx.state.epoch]
@@ -406,8 +419,15 @@ class Journal:
         except FileNotFoundError:
             state.twin_fd = None
 
+    @property
+    def last_gen(self) -> int:
+        """The generation of the log's last frame; 0: it has none yet."""
+        return self._last_gen
+
     def close(self) -> None:
-        """Close the log's descriptor."""
+        """Close the log's descriptor. From now on the log must not be older than it is."""
+        if self._last_gen != self._found_gen:
+            self.ctx.freshness.wrote(self.state.file_id, self._last_gen)
         if self.log is not None:
             self.ctx.store.close(self.log.fd)
             self.log = None

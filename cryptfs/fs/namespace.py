@@ -540,6 +540,7 @@ class Namespace:
         return node
 
     def _changed(self, node: DirNode) -> None:
+        node.settled()
         node.lock.release_exclusive()
         node.pins -= 1
 

@@ -20,7 +20,7 @@ async def rebuild_directory(ctx: FsContext, ino: int, fd: int, dir_id: bytes) ->
     """An empty log for the directory behind `fd`, which stays open, under the id its parent gives it.
 
     Durable when this returns: once the parent has a new frame, nothing says any more that a log may be missing.
-    Raises `Damaged` if there is more than a log that never was.
+    Raises `Damaged` if there is more than a log that never was, or if this machine has seen the log.
     """
     store, found = ctx.store, True
     try:
@@ -34,6 +34,7 @@ async def rebuild_directory(ctx: FsContext, ino: int, fd: int, dir_id: bytes) ->
             store.close(log_fd)
     if len(raw) == HEADER_BYTES and any(raw):
         raise Damaged("dir-log", "it is not a new one")
+    await ctx.freshness.check_unborn(dir_id)
     log.warning("directory inode %d: its log never reached the disk before a crash, started anew", ino)
     kit = await kit_for(ctx, dir_id)
     for name in store.listdir(fd):

@@ -46,17 +46,22 @@ class Reaper:
             if self._ids or self._dirs:
                 ids, dirs, self._ids, self._dirs = self._ids, self._dirs, [], []
                 try:
-                    await self.ctx.sync_everything()
+                    await self.ctx.freshness.sync()
                 except OSError as error:
                     log.warning("sync before deleting sidecars failed, it is tried again: %s", error.strerror)
                     self._ids += ids
                     self._dirs += dirs
                     continue
-                await self.ctx.in_thread(self._delete, ids, dirs)
+                await self._bury(ids, dirs)
 
     async def flush(self) -> None:
         """Delete what is dead now. The caller has just synced the file system."""
         ids, dirs, self._ids, self._dirs = self._ids, self._dirs, [], []
+        await self._bury(ids, dirs)
+
+    async def _bury(self, ids: list[bytes], dirs: list[bytes]) -> None:
+        # A removed directory lies in `tmp/` under its id.
+        self.ctx.freshness.gone([*ids, *(bytes.fromhex(name.decode()) for name in dirs)])
         await self.ctx.in_thread(self._delete, ids, dirs)
 
     def _delete(self, ids: list[bytes], dirs: list[bytes]) -> None:

@@ -141,6 +141,10 @@ async def reconcile(node: DirNode) -> None:
             gone.append(recorded.sealed)
         if entry is not None and entry != recorded:
             changed.append(entry)
+    back = await ctx.freshness.deleted([entry.log_id for entry in changed])
+    if back:
+        log.error("directory inode %d: %d entries not accepted: seen deleted by this machine", node.ino, len(back))
+        changed = [entry for entry in changed if entry.log_id not in back]
     if ctx.read_only:
         for sealed in gone:
             del node.entries[sealed]
@@ -158,6 +162,7 @@ async def reconcile(node: DirNode) -> None:
         finally:
             ctx.store.close(fd)
     node.apply((await node.keys()).log_key, changed, gone)
+    node.settled()
 
 
 async def _clear(node: DirNode, names: list[bytes]) -> None:

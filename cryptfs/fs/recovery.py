@@ -15,6 +15,7 @@ from cryptfs.blocks.extents import HOME_TWIN, Extent, ExtentMap
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES, DataHeader
 from cryptfs.fs.context import FsContext, log, sidecar_name, write_all
+from cryptfs.fs.freshness import check
 from cryptfs.fs.history import POISON, build_map
 from cryptfs.fs.sealed_log import Replay, vouched_in_tail
 from cryptfs.fs.state import FileState
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 _CHECK_BLOCKS = 64
 
 
-async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *, born: int | None) -> None:
+async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, floor: int, *, born: int | None) -> None:
     """Choose the prefix, adopt it, settle it. Raises `Damaged` if something acknowledged is missing.
 
-    `born`: the generation in the data file's header, authenticated; None if it has no header.
+    `floor`: what this machine has seen to be durable of it, whatever the log itself says. `born`: the generation in
+    the data file's header, authenticated; None if it has no header.
     """
     has_header = born is not None
     ctx, state = journal.ctx, journal.state
@@ -43,6 +45,8 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, *
         durable = max(durable, vouched_in_tail(replayed, await journal.log_key()))
         if durable > max((head.generation for head in replayed.heads), default=0):
             raise Damaged("frame", "an acknowledged frame is damaged")
+    check(replayed.heads[-1].generation if replayed.heads else 0, floor)
+    durable = max(durable, floor)
     block_size = ctx.config.block_size
     least = sum(1 for head in replayed.heads if head.generation <= durable)
     # A head whose payload is torn ends the history, unless it was acknowledged: then it is damage, and poisons.

@@ -15,6 +15,7 @@ from cryptfs.errors import Damaged
 from cryptfs.format.log import KIND_FILE, LogHeader
 from cryptfs.format.sidecar import Sealed, SidecarPayload, decode_sidecar
 from cryptfs.fs.context import FsContext, sidecar_name
+from cryptfs.fs.freshness import check
 from cryptfs.fs.sealed_log import Frame, SealedLog, authenticate, parse, read_log
 from cryptfs.ports import KeyRun, Kit
 from cryptfs.types import Purpose
@@ -55,6 +56,7 @@ async def write_target(ctx: FsContext, kit: Kit, target: bytes) -> None:
     frame = Frame(generation, 0, len(target), payload.encode())
     log = SealedLog.create(ctx.store, ctx.sidecar_dir(kit.log_id), sidecar_name(kit.log_id), header, log_key, frame)
     ctx.store.close(log.fd)
+    ctx.freshness.wrote(kit.log_id, generation)
 
 
 async def read_target(ctx: FsContext, log_id: bytes) -> bytes:
@@ -74,9 +76,11 @@ async def read_target(ctx: FsContext, log_id: bytes) -> bytes:
     log_key = (await ctx.keys.unwrap([KeyRun(log_id, Purpose.LOG_FILE, header.kek_version, (header.log_wrapped,))]))[0][
         0
     ]
+    floor = ctx.freshness.floor(log_id)
     replayed = authenticate(parsed, log_key)
     if not replayed.heads or (replayed.tail and not ctx.crashed_since(replayed.heads[-1].generation)):
         raise Damaged("frame", "the sidecar is damaged")
+    check(replayed.heads[-1].generation, floor)
     target: Sealed | None = None
     for payload in replayed.payloads:
         if payload is None:

@@ -43,6 +43,7 @@ class Volume:
                 async with trio.open_nursery() as nursery:
                     self.ctx.spawn = nursery.start_soon
                     if not self.ctx.read_only:
+                        nursery.start_soon(self.ctx.freshness.serve)
                         nursery.start_soon(self.files.serve)
                         nursery.start_soon(self.reaper.serve)
                     await trio.sleep_forever()
@@ -92,7 +93,7 @@ class Volume:
         assert ctx.state is not None
         good = await self.files.commit_all()
         good = await self.files.sync_all() and good
-        await ctx.sync_everything()
+        await ctx.freshness.sync()
         if ctx.doubts:
             log.error("the volume was not left clean: syncing it failed before, not everything was written again")
             good = False
@@ -101,11 +102,21 @@ class Volume:
                 # Somebody still has it open, on a mount that was detached: it ends with us.
                 self.reaper.add_id(inode.log_id)
         await self.reaper.flush()
+        await self._record()
         if not good:
             return False
         await ctx.sync_everything()
-        await ctx.in_thread(write_slot, store, ctx.state.ended(), ctx.farewell)
+        ended = ctx.state.ended()
+        await ctx.in_thread(write_slot, store, ended, ctx.farewell)
+        await self._record(ended.sequence)
         return True
+
+    async def _record(self, state_sequence: int | None = None) -> None:
+        """Tell the freshness record. Never raises: what it is not told now, a replay of could go unnoticed."""
+        try:
+            await self.ctx.freshness.record(state_sequence)
+        except CryptfsError as error:
+            log.error("the freshness record was not told what is durable: %s", error)
 
 
 async def open_volume(
@@ -113,7 +124,8 @@ async def open_volume(
 ) -> Volume:
     """Take the lock, begin a mount epoch, empty `tmp/`.
 
-    Raises `VolumeBusy` (another process has it), `VolumeDamaged`, OSError, key errors.
+    Raises `VolumeBusy` (another process has it), `VolumeDamaged`, `RolledBack`, `FreshnessUnavailable`, OSError, key
+    errors.
     """
     ctx = FsContext(config, store, keys, clock, random, read_only=read_only)
     try:
@@ -124,14 +136,18 @@ async def open_volume(
         volume_key = bytes(await ctx.volume_key())
         state = read_state(store, config.volume_id, volume_key)
         _open_directories(ctx)
+        if await keys.begin(state.sequence):
+            log.info("this machine sees the volume for the first time: an older state of it could not be told")
         if read_only:
             # Nothing is written, so no epoch begins; forgiveness is decided as if one had.
             ctx.state = state.next_epoch()
         else:
-            await ctx.in_thread(store.syncfs, store.root())
+            await ctx.sync_everything()
             ctx.state = state.next_epoch()
             ctx.farewell = sign_state(config.volume_id, volume_key, ctx.state.ended())
             await ctx.in_thread(write_state, store, config.volume_id, volume_key, ctx.state)
+            # Only now: what is recorded before it is durable, a power cut turns into an alarm.
+            await keys.record({}, (), ctx.state.sequence)
             await ctx.in_thread(_empty_tmp, ctx)
         if not state.clean:
             log.warning("the volume was not left clean; what a crash left is settled as it is used")

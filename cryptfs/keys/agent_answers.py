@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cryptfs.errors import ProtocolError
-from cryptfs.types import ID_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
+from cryptfs.types import DELETED, ID_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
 
 Kit = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
 """(id, log key, its wrap, names key, its wrap, DEKs joined, their wraps joined); names empty for files"""
@@ -63,6 +63,14 @@ def get_bin(result: Mapping[str, Any], name: str, size: int | None = None) -> by
     if type(value) is not bytes or (size is not None and len(value) != size):
         raise ProtocolError(f"{name} is no bin of the right size")
     return value
+
+
+def get_floors(result: Mapping[str, Any], count: int) -> list[int]:
+    """`count` generations, or `DELETED`. Raises `ProtocolError` for anything else."""
+    floors = result.get("floors")
+    if type(floors) is not list or len(floors) != count or any(type(n) is not int or n < DELETED for n in floors):
+        raise ProtocolError("floors is no array of generations of the right length")
+    return floors
 
 
 def get_kit(row: object, sizes: tuple[int, ...]) -> Kit:

@@ -22,8 +22,10 @@ from cryptfs.errors import (
     AgentUnavailable,
     CryptfsError,
     Denied,
+    FreshnessUnavailable,
     NotPermitted,
     ProtocolError,
+    RolledBack,
     UnsupportedFormat,
     VolumeBusy,
     VolumeDamaged,
@@ -38,6 +40,7 @@ from cryptfs.keys.agent_answers import (
     fits,
     get_bin,
     get_bool,
+    get_floors,
     get_int,
     get_kit,
     get_volume_status,
@@ -64,10 +67,12 @@ _ERRORS: Mapping[str, type[CryptfsError]] = {
     "locked": VolumeLocked,
     "wrong-secret": WrongSecret,
     "damaged": VolumeDamaged,
+    "rolled-back": RolledBack,
     "unsupported": UnsupportedFormat,
     "denied": Denied,
     "protocol": ProtocolError,
     "busy": VolumeBusy,
+    "freshness": FreshnessUnavailable,
     "internal": AgentUnavailable,
 }
 _UCRED = struct.Struct("iII")
@@ -238,9 +243,9 @@ class AgentClient:
     ) -> Mapping[str, Any]:
         """One request and its result.
 
-        Raises what the agent's error code stands for (`VolumeLocked`, `WrongSecret`, `VolumeDamaged`,
-        `UnsupportedFormat`, `Denied`, `VolumeBusy`, `ProtocolError`), or `AgentUnavailable`. If cancelled, the
-        answer is dropped when it comes.
+        Raises what the agent's error code stands for (`VolumeLocked`, `WrongSecret`, `VolumeDamaged`, `RolledBack`,
+        `UnsupportedFormat`, `Denied`, `VolumeBusy`, `FreshnessUnavailable`, `ProtocolError`), or `AgentUnavailable`.
+        If cancelled, the answer is dropped when it comes.
         """
         if self._lost is not None:
             raise AgentUnavailable(self._lost)
@@ -272,7 +277,7 @@ class AgentClient:
     async def hello(self, role: str) -> int:
         """Say who we are (`cli` or `daemon`); the agent's pid."""
         result = await self.request("hello", {"role": role})
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             if get_int(result, "version") != PROTOCOL_VERSION:
                 raise ProtocolError(f"not protocol version {PROTOCOL_VERSION}")
             return get_int(result, "pid")
@@ -283,7 +288,7 @@ class AgentClient:
         """A new volume: the bytes of its whole `volume` file. The agent holds its KEK afterwards."""
         args = {"block_size": block_size, "kind": kind, "kdf_cost": kdf_cost, "label": label, "secret": bytes(secret)}
         result = await self.request("create", args, patience_ticks=KDF_PATIENCE_TICKS)
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             return get_bin(result, "volume")
 
     async def unlock(self, *, volume: bytes, cipher_dir: str, secret: bytes | bytearray) -> tuple[bytes, int]:
@@ -293,19 +298,19 @@ class AgentClient:
         """
         args = {"volume": volume, "cipher_dir": os.fsencode(cipher_dir), "secret": bytes(secret)}
         result = await self.request("unlock", args, patience_ticks=KDF_PATIENCE_TICKS)
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             return get_bin(result, "volume_id", ID_BYTES), get_int(result, "kek_version")
 
     async def lock(self, volume_id: bytes) -> bool:
         """Have the agent forget the volume's KEK; whether it held one."""
         result = await self.request("lock", {"volume_id": volume_id})
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             return get_bool(result, "was_unlocked")
 
     async def status(self) -> AgentStatus:
         """The agent and its volumes."""
         result = await self.request("status", {})
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             rows = result.get("volumes")
             if not isinstance(rows, list):
                 raise ProtocolError("volumes is no array")
@@ -316,8 +321,8 @@ class AgentClient:
     async def attach(self, *, volume_id: bytes, cipher_dir: str, mountpoint: str, volume: bytes) -> int:
         """Make this connection the volume's daemon; the KEK version. When the connection ends, the KEK is forgotten.
 
-        Raises `VolumeLocked`, `VolumeDamaged` (the file's MAC does not match), or `VolumeBusy` (another daemon is
-        attached).
+        Raises `VolumeLocked`, `VolumeDamaged` (the file's MAC does not match), `RolledBack` (an older file than was
+        seen), `FreshnessUnavailable`, or `VolumeBusy` (another daemon is attached).
         """
         args = {
             "volume_id": volume_id,
@@ -326,7 +331,7 @@ class AgentClient:
             "volume": volume,
         }
         result = await self.request("attach", args)
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             return get_int(result, "kek_version")
 
     async def detach(self, volume_id: bytes, *, keep: bool) -> None:
@@ -336,7 +341,7 @@ class AgentClient:
     async def keep(self, volume_id: bytes, *, keep: bool) -> bool:
         """Have the KEK stay when the volume's daemon detaches or is gone, whatever it says; whether one is attached."""
         result = await self.request("keep", {"volume_id": volume_id, "keep": keep})
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             return get_bool(result, "was_attached")
 
     async def generate(self, volume_id: bytes, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
@@ -349,7 +354,7 @@ class AgentClient:
         key_bytes, wrapped_bytes = (
             (NAMES_KEY_BYTES, WRAPPED_NAMES_BYTES) if purpose == "names" else (DEK_BYTES, WRAPPED_BYTES)
         )
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             return (
                 get_int(result, "kek_version"),
                 get_bin(result, "keys", count * key_bytes),
@@ -362,33 +367,38 @@ class AgentClient:
         result = await self.request("kits", args)
         names = (NAMES_KEY_BYTES, WRAPPED_NAMES_BYTES) if directory else (0, 0)
         sizes = (ID_BYTES, DEK_BYTES, WRAPPED_BYTES, *names, deks * DEK_BYTES, deks * WRAPPED_BYTES)
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             rows = result.get("kits")
             if not isinstance(rows, list) or len(rows) != count:
                 raise ProtocolError("kits is no array of the right length")
             return get_int(result, "kek_version"), [get_kit(row, sizes) for row in rows]
 
-    async def unwrap(self, volume_id: bytes, items: Sequence[tuple[bytes, str, int, bytes, int]]) -> list[bytes | None]:
-        """The keys of each item ``(id, purpose, KEK version, wraps joined, first block)``, joined.
+    async def unwrap(
+        self, volume_id: bytes, items: Sequence[tuple[bytes, str, int, bytes, int]]
+    ) -> tuple[list[bytes | None], list[int]]:
+        """The keys of each item ``(id, purpose, KEK version, wraps joined, first block)``, joined; and its floor.
 
-        None where any of the item's wraps is not authentic. At most 4096 keys in all. Raises `VolumeLocked`.
+        No keys where any of the item's wraps is not authentic. At most 4096 keys in all. The floor of a log key's item
+        is the generation its log must have at least, or `DELETED`; that of any other is 0. Raises `VolumeLocked`,
+        `FreshnessUnavailable`.
         """
         result = await self.request("unwrap", {"volume_id": volume_id, "items": items})
-        with self._rubbish_is_loss():
+        with self.rubbish_is_loss():
             keys = result.get("keys")
             if type(keys) is not list or len(keys) != len(items):
                 raise ProtocolError("keys is no array of the right length")
+            floors = get_floors(result, len(items))
             for key, item in zip(keys, items, strict=True):
                 if key is not None and (type(key) is not bytes or not fits(key, item)):
                     raise ProtocolError("keys of a wrong length")
-            return keys
+            return keys, floors
 
     async def stop(self) -> None:
         """Have the agent forget everything and end."""
         await self.request("stop", {})
 
     @contextlib.contextmanager
-    def _rubbish_is_loss(self) -> Iterator[None]:
+    def rubbish_is_loss(self) -> Iterator[None]:
         """An answer of a wrong shape ends the connection like one that cannot be decoded."""
         try:
             yield

@@ -10,7 +10,7 @@ without an await between checking a key and handing it out, which is why a view 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,12 +20,14 @@ import trio
 from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.keys.policy import SWEEP_INTERVAL_S, CachePolicy
 from cryptfs.ports import Clock, FreshKeys, KeyRun, Kit
-from cryptfs.types import DEK_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES, Purpose
+from cryptfs.types import DEK_BYTES, DELETED, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES, Purpose
 
 _KITS_MAX = 256
 _KITS_MIN = 8
 _DEKS_PER_KIT = 2
 _WARM_RUNS_MAX = 256
+
+_LOG_PURPOSES = frozenset({Purpose.LOG_FILE, Purpose.LOG_DIR})
 
 UnwrapItem = tuple[bytes, str, int, bytes, int]
 """(log id, purpose, KEK version, wrapped keys joined, first block)."""
@@ -36,8 +38,8 @@ KitBytes = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
 class Upstream(Protocol):
     """The agent, for one volume (`keys.link`)."""
 
-    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]:
-        """The keys of each item, joined; None where any of its wraps is not authentic."""
+    async def unwrap(self, items: Sequence[UnwrapItem]) -> tuple[list[bytes | None], list[int]]:
+        """The keys of each item, joined; None where any of its wraps is not authentic. And its log's floor."""
         ...
 
     async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
@@ -46,6 +48,22 @@ class Upstream(Protocol):
 
     async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
         """KEK version and at most `count` kits."""
+        ...
+
+    async def floors(self, log_ids: Sequence[bytes]) -> list[int]:
+        """The floors of logs."""
+        ...
+
+    async def begin(self, state_sequence: int) -> bool:
+        """See `FreshnessRecord.begin`."""
+        ...
+
+    async def record(self, logs: Mapping[bytes, int], gone: Sequence[bytes], state_sequence: int | None) -> None:
+        """See `FreshnessRecord.record`."""
+        ...
+
+    async def accept(self, logs: Mapping[bytes, int]) -> None:
+        """See `FreshnessRecord.accept`."""
         ...
 
 
@@ -68,6 +86,8 @@ class _Batch:
     deadline: float
     wraps: list[bytes]
     stocks: list[FreshKeys] = field(default_factory=list)
+    logs: list[bytes] = field(default_factory=list)
+    """Logs whose floors came with it."""
 
 
 @dataclass(slots=True)
@@ -92,6 +112,8 @@ class KeyCache:
         self._batches: deque[_Batch] = deque()
         """In order of arrival, so nearly in order of deadline: all have the same age limit."""
         self._in_flight: dict[bytes, trio.Event] = {}
+        self._floors: dict[bytes, tuple[int, _Batch]] = {}
+        """By log: its floor and the newest batch that brought it, which outlives every key of the log in here."""
         self._kits: deque[tuple[Kit, _Batch]] = deque()
         self._kits_wanted = _KITS_MIN
         self._refill = trio.Event()
@@ -184,7 +206,7 @@ class KeyCache:
             self.statistics.misses += count
             self.statistics.unwraps += count
             self.statistics.round_trips += 1
-            answers = await self._upstream.unwrap(items)
+            answers, floors = await self._upstream.unwrap(items)
         finally:
             for _, wraps in wanted:
                 for wrapped in wraps:
@@ -202,7 +224,10 @@ class KeyCache:
             clear.append(answer)
             flat += wraps
             widths += [width] * len(wraps)
-        views = self._store(b"".join(clear), flat, widths)[0]
+        views, batch = self._store(b"".join(clear), flat, widths)
+        for (run, _), floor in zip(wanted, floors, strict=True):
+            if run.purpose in _LOG_PURPOSES:
+                self._know(run.log_id, floor, batch)
         if strict and self.policy.max_uses is not None and self.policy.caching:
             for wrapped in flat:
                 self._slots[wrapped].uses = 1
@@ -217,7 +242,50 @@ class KeyCache:
         views, batch = self._store(keys, wraps, [NAMES_KEY_BYTES if names else DEK_BYTES] * count)
         fresh = FreshKeys(kek_version, [views[w] for w in wraps], wraps)
         batch.stocks.append(fresh)
+        if purpose in _LOG_PURPOSES:
+            self._know(log_id, 0, batch)
         return fresh
+
+    # freshness -------------------------------------------------------------------------------------------------
+
+    def _know(self, log_id: bytes, floor: int, batch: _Batch) -> None:
+        self._floors[log_id] = (floor, batch)
+        batch.logs.append(log_id)
+
+    def floor(self, log_id: bytes) -> int:
+        """See `FreshnessRecord.floor`."""
+        known = self._floors.get(log_id)
+        return known[0] if known is not None else 0
+
+    async def ask_floors(self, log_ids: Sequence[bytes]) -> list[int]:
+        """See `FreshnessRecord.ask_floors`."""
+        return await self._upstream.floors(log_ids)
+
+    async def begin(self, state_sequence: int) -> bool:
+        """See `FreshnessRecord.begin`."""
+        return await self._upstream.begin(state_sequence)
+
+    async def record(
+        self, logs: Mapping[bytes, int], gone: Sequence[bytes] = (), state_sequence: int | None = None
+    ) -> None:
+        """See `FreshnessRecord.record`. Floors that came with keys rise along: a cached key hides no rollback."""
+        await self._upstream.record(logs, gone, state_sequence)
+        for log_id, generation in logs.items():
+            known = self._floors.get(log_id)
+            if known is not None and DELETED != known[0] < generation:
+                self._floors[log_id] = (generation, known[1])
+        for log_id in gone:
+            known = self._floors.get(log_id)
+            if known is not None:
+                self._floors[log_id] = (DELETED, known[1])
+
+    async def accept(self, logs: Mapping[bytes, int]) -> None:
+        """See `FreshnessRecord.accept`."""
+        await self._upstream.accept(logs)
+        for log_id, generation in logs.items():
+            known = self._floors.get(log_id)
+            if known is not None:
+                self._floors[log_id] = (generation, known[1])
 
     # kits ------------------------------------------------------------------------------------------------------
 
@@ -271,6 +339,7 @@ class KeyCache:
         views, batch = self._store(b"".join(clear), wraps, widths)
         out = []
         for log_id, _, log_wrapped, _, names_wrapped, _, dek_wraps in raw:
+            self._know(log_id, 0, batch)
             ours = _split(dek_wraps, WRAPPED_BYTES)
             fresh = None if directory else FreshKeys(kek_version, [views[w] for w in ours], ours)
             if fresh is not None:
@@ -307,7 +376,7 @@ class KeyCache:
 
     def _wipe(self, batch: _Batch) -> None:
         """Overwrite a batch and forget it. Views that are still held read zeros from now on, and stocks say so."""
-        if not batch.wraps:
+        if batch.deadline == float("-inf"):
             return
         batch.buffer[:] = bytes(len(batch.buffer))
         for stock in batch.stocks:
@@ -316,6 +385,9 @@ class KeyCache:
             slot = self._slots.get(wrapped)
             if slot is not None and slot.batch is batch:
                 del self._slots[wrapped]
+        for log_id in batch.logs:
+            if self._floors.get(log_id, (0, None))[1] is batch:
+                del self._floors[log_id]
         self.statistics.expiries += len(batch.wraps)
         batch.wraps = []
         batch.deadline = float("-inf")

@@ -6,7 +6,7 @@ While there is no agent, or it does not hold the volume's KEK, every request fai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,7 @@ import trio
 
 from cryptfs.errors import AgentUnavailable
 from cryptfs.keys.agent_client import AgentClient, connect
-from cryptfs.keys.cache import KitBytes, UnwrapItem
-
-_KITS_AT_ONCE = 256
+from cryptfs.keys.volume_requests import VolumeRequests
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +27,14 @@ class Mounted:
     read_volume: Callable[[], bytes]
 
 
-class AgentLink:
-    """`keys.cache.Upstream` for one mounted volume. `nursery` runs the connection's tasks.
+class AgentLink(VolumeRequests):
+    """The agent's connection of one mounted volume. `nursery` runs the connection's tasks.
 
     `on_gone` is called when the agent locks the volume or the connection is lost.
     """
 
     def __init__(self, nursery: trio.Nursery, socket_path: str, mounted: Mounted, on_gone: Callable[[], None]) -> None:
+        super().__init__(mounted.volume_id, self._connected)
         self._nursery = nursery
         self._socket_path = socket_path
         self._mounted = mounted
@@ -92,20 +91,3 @@ class AgentLink:
     def _pushed(self, event: Mapping[str, Any]) -> None:
         if event.get("event") == "locked" and event.get("volume_id") == self._mounted.volume_id:
             self._on_gone()
-
-    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]:
-        """See `Upstream`."""
-        client = await self._connected()
-        return await client.unwrap(self._mounted.volume_id, items)
-
-    async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
-        """See `Upstream`."""
-        client = await self._connected()
-        return await client.generate(self._mounted.volume_id, log_id, purpose, count)
-
-    async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
-        """See `Upstream`; at most 256 at once."""
-        client = await self._connected()
-        return await client.kits(
-            self._mounted.volume_id, directory=directory, count=min(count, _KITS_AT_ONCE), deks=deks
-        )

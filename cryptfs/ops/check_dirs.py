@@ -105,10 +105,10 @@ class Look:
         self.others = [finding for finding in self.others if finding.key in keys]
 
 
-def survey(store: Store, fd: int) -> dict[bytes, Seen]:
-    """Everything in the directory behind `fd`, `.dir` included. Blocks."""
+def survey(store: Store, fd: int, names: list[bytes] | None = None) -> dict[bytes, Seen]:
+    """Everything in the directory behind `fd`, `.dir` included, or what there is of `names`. Blocks."""
     out: dict[bytes, Seen] = {}
-    for name in store.listdir(fd):
+    for name in store.listdir(fd) if names is None else names:
         try:
             st = store.lstat(fd, name)
         except FileNotFoundError:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import trio
@@ -13,6 +13,7 @@ import trio
 from cryptfs.crypto.wrap import key_bytes, unwrap_keys, wrap_keys, wrapped_bytes, wrapping_key
 from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.ports import Clock, FreshKeys, KeyRun, Kit, Random
+from cryptfs.testing.freshness import FakeRecord
 from cryptfs.types import ID_BYTES, Purpose
 
 UnwrapItem = tuple[bytes, str, int, bytes, int]
@@ -58,12 +59,16 @@ class FakeKek:
 class FakeDekProvider:
     """`ports.DekProvider` over a `FakeKek`: keys stay for `max_age_s` on `clock`, then they are overwritten.
 
-    Set `failure` to have every round trip to the KEK end with it. `round_trips` counts them.
+    Set `failure` to have every round trip to the KEK end with it. `round_trips` counts them. `freshness` is what the
+    machine has seen of the volume; without one given, this is the first it sees of it.
     """
 
-    def __init__(self, kek: FakeKek, clock: Clock, max_age_s: float = 60.0) -> None:
+    def __init__(
+        self, kek: FakeKek, clock: Clock, max_age_s: float = 60.0, freshness: FakeRecord | None = None
+    ) -> None:
         self.failure: CryptfsError | None = None
         self.round_trips = 0
+        self.freshness = freshness or FakeRecord()
         self._kek = kek
         self._clock = clock
         self._max_age_s = max_age_s
@@ -125,6 +130,27 @@ class FakeDekProvider:
         stock = self._stock(_split(keys, key_bytes(Purpose.BLOCK)), _split(wraps, wrapped_bytes(Purpose.BLOCK)))
         return Kit(log_id, self._kek.version, log_view, log_wrapped, None, None, stock)
 
+    def floor(self, log_id: bytes) -> int:
+        return self.freshness.floor(log_id)
+
+    async def ask_floors(self, log_ids: Sequence[bytes]) -> list[int]:
+        await self._round_trip()
+        return [self.freshness.floor(log_id) for log_id in log_ids]
+
+    async def begin(self, state_sequence: int) -> bool:
+        await self._round_trip()
+        return self.freshness.begin(state_sequence)
+
+    async def record(
+        self, logs: Mapping[bytes, int], gone: Sequence[bytes] = (), state_sequence: int | None = None
+    ) -> None:
+        await self._round_trip()
+        self.freshness.record(logs, gone, state_sequence)
+
+    async def accept(self, logs: Mapping[bytes, int]) -> None:
+        await self._round_trip()
+        self.freshness.accept(logs)
+
     def wipe(self) -> None:
         """Overwrite everything now, as if its time were up."""
         self._max_age_s, age_s = float("-inf"), self._max_age_s
@@ -164,20 +190,22 @@ class FakeUpstream:
     `garble` to change the answers to unwraps.
     """
 
-    def __init__(self, kek: FakeKek) -> None:
+    def __init__(self, kek: FakeKek, freshness: FakeRecord | None = None) -> None:
         self.failure: CryptfsError | None = None
+        self.freshness = freshness or FakeRecord()
         self.gate: trio.Event | None = None
         self.garble: Callable[[list[bytes | None]], list[bytes | None]] | None = None
         self.requests: list[str] = []
         self._kek = kek
 
-    async def unwrap(self, items: Sequence[UnwrapItem]) -> list[bytes | None]:
-        """Keys of each item joined, None where one is not authentic."""
+    async def unwrap(self, items: Sequence[UnwrapItem]) -> tuple[list[bytes | None], list[int]]:
+        """Keys of each item joined, None where one is not authentic; floors of log keys, 0 for others."""
         await self._asked(f"unwrap {len(items)}")
         out = [
             self._kek.unwrap(log_id, Purpose(purpose), version, joined) for log_id, purpose, version, joined, _ in items
         ]
-        return self.garble(out) if self.garble is not None else out
+        floors = [self.freshness.floor(log_id) if purpose.startswith("log-") else 0 for log_id, purpose, *_ in items]
+        return self.garble(out) if self.garble is not None else out, floors
 
     async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
         """(KEK version, keys joined, wraps joined)."""
@@ -188,6 +216,22 @@ class FakeUpstream:
         """(KEK version, kits)."""
         await self._asked(f"kits {count}")
         return self._kek.version, [self._kek.kit(directory=directory, deks=deks) for _ in range(count)]
+
+    async def floors(self, log_ids: Sequence[bytes]) -> list[int]:
+        await self._asked(f"floors {len(log_ids)}")
+        return [self.freshness.floor(log_id) for log_id in log_ids]
+
+    async def begin(self, state_sequence: int) -> bool:
+        await self._asked("begin")
+        return self.freshness.begin(state_sequence)
+
+    async def record(self, logs: Mapping[bytes, int], gone: Sequence[bytes], state_sequence: int | None) -> None:
+        await self._asked(f"record {len(logs)}")
+        self.freshness.record(logs, gone, state_sequence)
+
+    async def accept(self, logs: Mapping[bytes, int]) -> None:
+        await self._asked(f"accept {len(logs)}")
+        self.freshness.accept(logs)
 
     async def _asked(self, what: str) -> None:
         self.requests.append(what)

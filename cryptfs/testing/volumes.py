@@ -12,6 +12,7 @@ from cryptfs.fs.volume import open_volume
 from cryptfs.ops.init import config_of, create_volume
 from cryptfs.ports import DekProvider, Store
 from cryptfs.testing.clock import FakeClock
+from cryptfs.testing.freshness import FakeRecord
 from cryptfs.testing.keys import FakeDekProvider, FakeKek
 from cryptfs.testing.randomness import SeededRandom
 from cryptfs.types import ID_BYTES, Purpose
@@ -35,12 +36,17 @@ class SampleVolume:
         self.volume_id = self.random(ID_BYTES)
         self.kek = FakeKek(self.volume_id, self.random)
         self._make_keys = make_keys
+        self.freshness: FakeRecord | None = None
+        """What the machine has seen of the volume. None: each opening is on a machine that never saw it."""
         self.volume_file = self._volume_file(block_size)
         self.config = config_of(self.volume_file)
 
     def keys(self) -> DekProvider:
         """Keys as a daemon that starts now has them: none in clear."""
-        return self._make_keys(self.kek, self.clock)
+        keys = self._make_keys(self.kek, self.clock)
+        if self.freshness is not None and isinstance(keys, FakeDekProvider):
+            keys.freshness = self.freshness
+        return keys
 
     async def create(self, store: Store) -> None:
         """Lay the volume out on an empty store."""

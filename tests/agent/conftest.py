@@ -56,6 +56,7 @@ def serve_here(short_tmp: Path) -> ServeHere:
         provider = FakeProvider()
         server = Server(
             providers={provider.kind: provider},
+            state_dir=str(short_tmp / "state"),
             random=os.urandom,
             clock=StillClock(),
             exit_when_empty=empty,

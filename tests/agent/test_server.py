@@ -56,7 +56,7 @@ async def test_a_volume_through_its_life(serve_here: ServeHere) -> None:
         version, keys, wrapped = await client.generate(volume_id, LOG_ID, "block", 3)
         assert (version, len(keys), len(wrapped)) == (1, 96, 120)
         items = [(LOG_ID, "block", 1, wrapped, 7), (LOG_ID, "attr", 1, wrapped, 0)]
-        assert await client.unwrap(volume_id, items) == [keys, None]
+        assert await client.unwrap(volume_id, items) == ([keys, None], [0, 0])
         version, [kit] = await client.kits(volume_id, directory=True, count=1, deks=0)
         assert (version, [len(part) for part in kit]) == (1, [16, 32, 40, 64, 72, 0, 0])
         _, kits = await client.kits(volume_id, directory=False, count=2, deks=3)
@@ -257,9 +257,10 @@ async def test_the_largest_batches(serve_here: ServeHere) -> None:
     async with serve_here() as served, open_agent(served.path) as client:
         volume_id, _ = await create(client)
         _, keys, wrapped = await client.generate(volume_id, LOG_ID, "block", 4096)
-        assert await client.unwrap(volume_id, [(LOG_ID, "block", 1, wrapped, 0)]) == [keys]
+        assert await client.unwrap(volume_id, [(LOG_ID, "block", 1, wrapped, 0)]) == ([keys], [0])
         one_by_one = [(LOG_ID, "block", 1, wrapped[i : i + 40], i) for i in range(0, len(wrapped), 40)]
-        assert await client.unwrap(volume_id, one_by_one) == [keys[i : i + 32] for i in range(0, len(keys), 32)]
+        got, _ = await client.unwrap(volume_id, one_by_one)
+        assert got == [keys[i : i + 32] for i in range(0, len(keys), 32)]
         _, kits = await client.kits(volume_id, directory=False, count=256, deks=16)
         assert len({kit[0] for kit in kits}) == 256
 
