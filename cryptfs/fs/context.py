@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,6 +24,8 @@ from cryptfs.types import EPOCH_SHIFT, Purpose, epoch_of
 log = logging.getLogger("cryptfs")
 
 T = TypeVar("T")
+
+_OTHER_KINDS = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR})
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +205,33 @@ class FsContext:
         self._buffers.clear()
 
 
+def open_ours(store: Store, dir_fd: int, name: bytes, flags: int) -> int:
+    """openat(2) of a file or directory of the volume's own.
+
+    Raises OSError; `Damaged("exchanged")` if something of another kind lies there: a link, a fifo, a directory.
+    """
+    try:
+        fd = store.open(dir_fd, name, flags)
+    except OSError as error:
+        if error.errno not in _OTHER_KINDS:
+            raise
+        raise Damaged("exchanged", "something of another kind lies there") from None
+    # For reading only, the kernel opens a directory as well.
+    if not flags & (os.O_DIRECTORY | os.O_ACCMODE) and stat.S_ISDIR(store.fstat(fd).st_mode):
+        store.close(fd)
+        raise Damaged("exchanged", "something of another kind lies there")
+    return fd
+
+
 def open_log(store: Store, dir_fd: int, name: bytes, *, writable: bool) -> tuple[int, bool]:
     """(descriptor, whether it can be written): a disk that has become read-only still has to be read."""
     if writable:
         try:
-            return store.open(dir_fd, name, os.O_RDWR), True
+            return open_ours(store, dir_fd, name, os.O_RDWR), True
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-    return store.open(dir_fd, name, os.O_RDONLY), False
+    return open_ours(store, dir_fd, name, os.O_RDONLY), False
 
 
 def write_all(store: Store, fd: int, data: bytes, offset: int) -> None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 
 from cryptfs.crypto.mac import mac, same
-from cryptfs.errors import VolumeDamaged
+from cryptfs.errors import Damaged, VolumeDamaged
 from cryptfs.format.state import SLOT_BYTES, State, decode_slot
-from cryptfs.fs.context import write_all
+from cryptfs.fs.context import open_ours, write_all
 from cryptfs.ports import Store
 
 STATE = b"state"
@@ -24,9 +24,11 @@ STATE = b"state"
 def read_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview) -> State:
     """The state that counts. Raises `VolumeDamaged` if no slot is authentic."""
     try:
-        fd = store.open(store.root(), STATE, os.O_RDONLY)
+        fd = open_ours(store, store.root(), STATE, os.O_RDONLY)
     except FileNotFoundError:
         raise VolumeDamaged("the volume's `state` file is missing") from None
+    except Damaged:
+        raise VolumeDamaged("the volume's `state` is no file") from None
     try:
         raw = store.pread(fd, 2 * SLOT_BYTES + 1, 0)
     finally:

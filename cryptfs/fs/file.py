@@ -17,7 +17,7 @@ from contextlib import suppress
 from cryptfs.blocks.extents import DURABLE, FRESH, HOME_DATA, HOME_TWIN, Extent
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES
-from cryptfs.fs.context import FsContext, log, twin_name, write_all
+from cryptfs.fs.context import FsContext, log, open_ours, twin_name, write_all
 from cryptfs.fs.history import POISON
 from cryptfs.fs.journal import Journal
 from cryptfs.fs.state import FileState
@@ -333,7 +333,7 @@ class FileNode:
         ctx, state = self.ctx, self.state
         where, name = ctx.sidecar_dir(state.file_id), twin_name(state.file_id)
         try:
-            state.twin_fd = ctx.store.open(where, name, os.O_RDWR)
+            state.twin_fd = open_ours(ctx.store, where, name, os.O_RDWR)
         except FileNotFoundError:
             state.twin_fd = ctx.store.open(where, name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             state.twin_new = True

@@ -13,7 +13,7 @@ import trio
 
 from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.format.datafile import HEADER_BYTES
-from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.context import FsContext, log, open_ours
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.inodes import Inode, InodeTable
@@ -220,20 +220,20 @@ class Files:
         """
         store = self.ctx.store
         if self.ctx.read_only:
-            return store.open(dir_fd, name, os.O_RDONLY), False
+            return open_ours(store, dir_fd, name, os.O_RDONLY), False
         try:
-            return store.open(dir_fd, name, os.O_RDWR), True
+            return open_ours(store, dir_fd, name, os.O_RDWR), True
         except PermissionError:
             mode = stat.S_IMODE(store.lstat(dir_fd, name).st_mode)
             store.chmod(dir_fd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
             try:
-                return store.open(dir_fd, name, os.O_RDWR), True
+                return open_ours(store, dir_fd, name, os.O_RDWR), True
             finally:
                 store.chmod(dir_fd, name, mode)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.ETXTBSY):
                 raise
-            return store.open(dir_fd, name, os.O_RDONLY), False
+            return open_ours(store, dir_fd, name, os.O_RDONLY), False
 
     def created(self, inode: Inode, fd: int, kit: Kit) -> FileNode:
         """The node of a file that was made just now, opened once."""

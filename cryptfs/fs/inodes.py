@@ -14,7 +14,7 @@ from collections import OrderedDict
 import trio
 
 from cryptfs.errors import Damaged
-from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.context import FsContext, log, open_ours
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.reconcile import reconcile
@@ -204,10 +204,10 @@ class InodeTable:
     async def _open_dir(self, inode: Inode) -> DirNode:
         store, flags = self.ctx.store, os.O_RDONLY | os.O_DIRECTORY
         if inode is self.root:
-            fd = store.open(store.root(), b"tree", flags)
+            fd = open_ours(store, store.root(), b"tree", flags)
         else:
             above, name = await self.where(inode)
-            fd = store.open(above.fd, name, flags)
+            fd = open_ours(store, above.fd, name, flags)
         try:
             node = await DirNode.open(self.ctx, inode.ino, fd, inode.log_id)
             try:

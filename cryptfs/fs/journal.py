@@ -24,7 +24,7 @@ from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.format.log import KIND_FILE, LogHeader
 from cryptfs.format.sidecar import SidecarPayload
-from cryptfs.fs.context import FsContext, sidecar_name, twin_name
+from cryptfs.fs.context import FsContext, open_ours, sidecar_name, twin_name
 from cryptfs.fs.freshness import check
 from cryptfs.fs.history import POISON, build_map
 from cryptfs.fs.recovery import recover, restart_newborn
@@ -357,7 +357,7 @@ class Journal:
     def _open_sidecar(self, where: int, name: bytes, mode: int) -> int:
         """Its descriptor. After a crash a sidecar whose header never reached the disk counts as missing: ENOENT."""
         store = self.ctx.store
-        fd = store.open(where, name, mode)
+        fd = open_ours(store, where, name, mode)
         try:
             if self.ctx.crashed_before:
                 header = store.pread(fd, LOG_HEADER_BYTES, 0)
@@ -415,7 +415,8 @@ class Journal:
             return  # From an attempt at loading that failed later.
         mode = os.O_RDWR if state.writable else os.O_RDONLY
         try:
-            state.twin_fd = store.open(self.ctx.sidecar_dir(state.file_id), twin_name(state.file_id), mode)
+            where = self.ctx.sidecar_dir(state.file_id)
+            state.twin_fd = open_ours(store, where, twin_name(state.file_id), mode)
         except FileNotFoundError:
             state.twin_fd = None
 

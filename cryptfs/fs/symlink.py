@@ -14,7 +14,7 @@ from cryptfs.crypto.aead import ATTR_TARGET, open_attr, seal_attr
 from cryptfs.errors import Damaged
 from cryptfs.format.log import KIND_FILE, LogHeader
 from cryptfs.format.sidecar import Sealed, SidecarPayload, decode_sidecar
-from cryptfs.fs.context import FsContext, sidecar_name
+from cryptfs.fs.context import FsContext, open_ours, sidecar_name
 from cryptfs.fs.freshness import check
 from cryptfs.fs.sealed_log import Frame, SealedLog, authenticate, parse, read_log
 from cryptfs.ports import KeyRun, Kit
@@ -62,7 +62,7 @@ async def write_target(ctx: FsContext, kit: Kit, target: bytes) -> None:
 async def read_target(ctx: FsContext, log_id: bytes) -> bytes:
     """A symlink's target. Raises `Damaged`, OSError, key errors."""
     try:
-        fd = ctx.store.open(ctx.sidecar_dir(log_id), sidecar_name(log_id), os.O_RDONLY)
+        fd = open_ours(ctx.store, ctx.sidecar_dir(log_id), sidecar_name(log_id), os.O_RDONLY)
     except FileNotFoundError:
         raise Damaged("missing-sidecar") from None
     try:

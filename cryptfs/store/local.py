@@ -13,6 +13,10 @@ import stat
 from pathlib import Path
 
 _O_ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC
+_O_UNTRUSTED = os.O_NONBLOCK | os.O_NOCTTY
+"""What lies under a name may be anything by now: opening a fifo must not wait for its other end."""
+_O_CERTAIN = os.O_DIRECTORY | os.O_PATH | os.O_EXCL
+"""With one of these the kernel sees to it that what is opened is a directory, nothing at all, or new."""
 _AT_SYMLINK_NOFOLLOW = 0x100
 _SYS_FCHMODAT2 = 452  # Linux 6.6; the same number on every architecture but alpha
 
@@ -69,8 +73,15 @@ class LocalStore:
         fcntl.flock(self._root_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def open(self, dir_fd: int, name: bytes, flags: int, mode: int = 0o600) -> int:
-        """openat(2); a symlink as `name` is `ELOOP`."""
-        return os.open(name, flags | _O_ALWAYS, mode, dir_fd=dir_fd)
+        """openat(2); a symlink as `name` is `ELOOP`, anything else that is no regular file or directory `ENXIO`."""
+        if flags & _O_CERTAIN:
+            return os.open(name, flags | _O_ALWAYS, mode, dir_fd=dir_fd)
+        fd = os.open(name, flags | _O_ALWAYS | _O_UNTRUSTED, mode, dir_fd=dir_fd)
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            os.close(fd)
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), name)
+        return fd
 
     def syncfs(self, fd: int) -> None:
         """Everything written to `fd`'s filesystem before the call is durable after it."""
