@@ -45,8 +45,8 @@ class Driver:
         self._held: dict[int, int] = {}
 
     @classmethod
-    async def mount(cls, store: MemoryStore | LocalStore, sample: SampleVolume) -> Driver:
-        return cls(store, sample, await sample.open(store))
+    async def mount(cls, store: MemoryStore | LocalStore, sample: SampleVolume, *, read_only: bool = False) -> Driver:
+        return cls(store, sample, await sample.open(store, read_only=read_only))
 
     async def unmount(self) -> bool:
         """True if the volume was left clean."""
