@@ -1,0 +1,128 @@
+"""The real code on the disk model, made repeatable: no threads, small thresholds, few directories, its log caught."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+from unittest import mock
+
+from cryptfs.fs import directory, journal, volume
+from cryptfs.fs.context import FsContext
+from cryptfs.store.disk_model import Disk, Order
+from cryptfs.store.memory import MemoryStore
+from cryptfs.testing.randomness import SeededRandom
+from cryptfs.testing.volumes import SampleVolume
+from tests.fs.tree import Tree
+
+T = TypeVar("T")
+
+BLOCK = 4096
+SIDECAR_DIRS = 4
+"""Instead of 256: a crash test copies the whole disk for every state it looks at."""
+
+
+async def _in_thread(self: FsContext, call: Callable[..., T], *args: object) -> T:
+    return call(*args)
+
+
+async def _in_threads(self: FsContext, calls: Sequence[tuple[Callable[[int], None], int]]) -> None:
+    """One after the other. A cut between two of them is in any case one of the states that a cut before both leaves."""
+    errors = []
+    for call, fd in calls:
+        try:
+            call(fd)
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+_dir_fd = FsContext.dir_fd
+
+
+def _fewer_dirs(self: FsContext, *names: bytes) -> int:
+    if len(names) == 2:
+        names = names[0], b"%02x" % (int(names[1], 16) % SIDECAR_DIRS)
+    return _dir_fd(self, *names)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """While this lasts, the same operations make the same store calls in the same order."""
+    with ExitStack() as patches:
+        for owner, name, value in (
+            (FsContext, "in_thread", _in_thread),
+            (FsContext, "in_threads", _in_threads),
+            (FsContext, "dir_fd", _fewer_dirs),
+            (directory, "_COMPACT_MIN_BYTES", -(1 << 30)),
+            (journal, "_COMPACT_MIN_BYTES", -(1 << 30)),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        patches.enter_context(
+            mock.patch.object(volume, "range", mock.Mock(return_value=range(SIDECAR_DIRS)), create=True)
+        )
+        yield
+
+
+class Complaints(logging.Handler):
+    """What the program logged as an error: after a mere crash, nothing may be."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Instead of wherever the program's log goes."""
+        logger = logging.getLogger("cryptfs")
+        before = logger.level, logger.propagate
+        logger.addHandler(self)
+        logger.setLevel(logging.ERROR)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            logger.level, logger.propagate = before
+
+
+async def new_volume(order: Order) -> tuple[SampleVolume, MemoryStore]:
+    """An empty volume and the disk it lies on."""
+    store = MemoryStore(order=order)
+    sample = SampleVolume(block_size=BLOCK)
+    await sample.create(store)
+    sidecars = store.open(store.root(), b"sidecars", os.O_RDONLY | os.O_DIRECTORY)
+    for number in range(SIDECAR_DIRS, 256):
+        store.rmdir(sidecars, b"%02x" % number)
+    store.syncfs(store.root())
+    for inode in [inode for inode in store.disk.inodes.values() if not inode.links]:
+        del store.disk.inodes[inode.ino]
+    store.close(sidecars)
+    return sample, store
+
+
+async def opened(sample: SampleVolume, disk: Disk, seed: int, hook: Callable[[str], None] | None = None) -> Tree:
+    """A volume on `disk`, with randomness of its own; `hook` sees every store call, also those of opening it."""
+    sample.random = sample.kek.random = SeededRandom(seed)
+    store = MemoryStore(disk)
+    store.before_call = hook
+    try:
+        return Tree(store, sample, await sample.open(store))
+    except BaseException:
+        store.before_call = None
+        store.close_store()
+        raise
+
+
+def dropped(tree: Tree) -> None:
+    """Let go of it as kill -9 would; the disk stays as it is."""
+    assert isinstance(tree.store, MemoryStore)
+    tree.store.before_call = None
+    tree.kill()
+    tree.store.close_store()
