@@ -314,13 +314,30 @@ def test_damage_done_while_it_is_mounted(mounted: Box) -> None:
     assert (mounted.clear / "fine").read_bytes() == CONTENT
 
 
-def test_either_slot_of_the_state_is_enough(mounted: Box) -> None:
+def newest_slot(state: Path) -> int:
+    """The slot that counts: the one with the higher sequence number."""
+    raw = state.read_bytes()
+    return max((0, 1), key=lambda slot: raw[slot * SLOT_BYTES + 8 : slot * SLOT_BYTES + 16])
+
+
+def test_the_older_slot_of_the_state_is_not_needed(mounted: Box) -> None:
     (mounted.clear / "file").write_bytes(CONTENT)
-    for slot in (0, 1):
-        mounted.umount()
-        flip(mounted.vault / "state", slot * SLOT_BYTES + 17)
-        mounted.mount()
-        assert (mounted.clear / "file").read_bytes() == CONTENT
+    mounted.umount()
+    state = mounted.vault / "state"
+    flip(state, (1 - newest_slot(state)) * SLOT_BYTES + 17)
+    mounted.mount()
+    assert (mounted.clear / "file").read_bytes() == CONTENT
+
+
+def test_the_older_slot_of_the_state_is_an_older_state(mounted: Box) -> None:
+    (mounted.clear / "file").write_bytes(CONTENT)
+    mounted.umount()
+    state = mounted.vault / "state"
+    flip(state, newest_slot(state) * SLOT_BYTES + 17)
+    assert "an older state of the volume" in mounted.mount(code=25)
+    mounted.run("check", "--accept-all", mounted.vault)
+    mounted.mount()
+    assert (mounted.clear / "file").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("what", ["gone", "cut", "both slots"])
