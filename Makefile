@@ -36,8 +36,8 @@ test-unit: install  ## tests that need no mount
 test-mount: install  ## tests that need /dev/fuse
 	$(PYTHON) -m pytest -m 'mount and not torture' $(ARGS)
 
-torture: install  ## long random runs
-	$(PYTHON) -m pytest -m torture $(ARGS)
+torture: install  ## long random runs; CRYPTFS_TORTURE_S=7200 is the time for crash states
+	$(PYTHON) -m pytest -s -m torture $(ARGS)
 
 check: format-check lint type imports lock-check  ## everything that reads the code without running it
 

@@ -1,4 +1,4 @@
-"""Every test here runs the real code without threads and with small thresholds (`machine.repeatable`)."""
+"""The tests of the real code run without threads and with small thresholds (`machine.repeatable`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.crash.machine import repeatable
+from tests.mount.conftest import box, fuse, mounted, template
+
+__all__ = ["box", "fuse", "machine", "mounted", "template"]
 
 
 @pytest.fixture
