@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.mount.box import Box, processes_with
+from tests.mount.box import Box
+from tests.processes import processes_with
 
 pytestmark = pytest.mark.mount
 

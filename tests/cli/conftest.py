@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from cryptfs import paths
 from cryptfs.cli.mounts import wait_until
 from tests.cli.terminal import Terminal
 from tests.conftest import XdgDirs
+from tests.processes import processes_with
 
 TIMEOUT_S = 90.0
 PASSPHRASE = "correct horse battery staple 7"
@@ -73,17 +73,6 @@ class Cryptfs:
 
     def daemon_pids(self) -> list[int]:
         return processes_with(b"cryptfs.daemon", os.fsencode(paths.agent_socket()))
-
-
-def processes_with(*words: bytes) -> list[int]:
-    """Processes that have all these arguments."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(OSError):
-                if set(words) <= set(Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")):
-                    found.append(int(name))
-    return found
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from cryptfs.cli import mounts, processes
 from cryptfs.cli.mounts import wait_until
 from cryptfs.errors import MountpointUnusable
 from cryptfs.format.volume import parse_volume
+from tests.processes import processes_with
 
 PASSPHRASE = "correct horse battery staple 7"
 TIMEOUT_S = 90.0
@@ -195,17 +196,6 @@ class Box:
         for pid in self.agent_pids():
             with ending(pid):
                 os.kill(pid, signal.SIGTERM)
-
-
-def processes_with(*words: bytes) -> list[int]:
-    """Processes that have all these arguments."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(OSError):
-                if set(words) <= set(Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")):
-                    found.append(int(name))
-    return found
 
 
 @contextlib.contextmanager
