@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cryptfs.errors import CryptfsError
-from cryptfs.store.disk_model import Disk, Order
+from cryptfs.store.disk_model import Disk, Inode, Order
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.volumes import SampleVolume
 from tests.crash.machine import Complaints, dropped, new_volume, opened
@@ -120,26 +120,59 @@ class Moment:
     before: str
 
 
+READING = frozenset({"close", "fstat", "fstatvfs", "listdir", "lock", "lstat", "pread", "preadv", "readlink"})
+"""Store calls that change nothing."""
+
+
 class Recorder:
-    """The hook of a store: keeps a `Moment` whenever something has changed since the last one."""
+    """The hook of a store: keeps a `Moment` whenever something has changed since the last one.
+
+    Moments share the copies of inodes that did not change between them: they are only read from.
+    """
 
     def __init__(self, disk: Disk, world: World) -> None:
         self.disk = disk
         self.world = world
         self.moments: list[Moment] = []
-        self._last: object = None
+        self._call = ""
+        self._acks = -1
+        self._tables: tuple[object, ...] = ()
+        self._inodes: dict[int, tuple[tuple[int, ...], tuple[int, ...], tuple[object, ...]]] = {}
+        self._copies: dict[int, Inode] = {}
 
     def __call__(self, call: str) -> None:
-        # A sync replaces `durable_content` or `durable_entries` or shortens a list; every change lengthens one.
-        inodes = self.disk.inodes.items()
-        now = (
-            len(self.disk.transactions),
-            self.world.acks,
-            [(ino, len(i.changes), id(i.durable_content), id(i.target), i.links) for ino, i in inodes],
-        )
-        if now != self._last:
-            self._last = now
-            self.moments.append(Moment(self.disk.clone(), self.world.copy(), call))
+        before, self._call = self._call, call
+        if before in READING and self.world.acks == self._acks:
+            return
+        # A sync replaces `durable_content` or `transactions`; every other change lengthens one list or replaces the
+        # attributes. What is compared is kept, so that an identity is not used again meanwhile.
+        transactions = self.disk.transactions
+        tables = (len(transactions), id(transactions), transactions)
+        names_changed = tables[:2] != self._tables[:2]
+        changed = names_changed or self.world.acks != self._acks or len(self.disk.inodes) != len(self._inodes)
+        inodes, copies, known, copied = {}, {}, self._inodes.get, self._copies
+        for ino, inode in self.disk.inodes.items():
+            telling = (len(inode.changes), id(inode.durable_content), inode.links)
+            same = (id(inode.changes), id(inode.attributes), id(inode.durable_attributes))
+            last = known(ino)
+            if last is not None and last[0] == telling and not (names_changed and inode.is_dir):
+                if last[1] == same:
+                    inodes[ino], copies[ino] = last, copied[ino]
+                    continue
+            else:
+                changed = True
+            kept = (inode.changes, inode.durable_content, inode.attributes, inode.durable_attributes)
+            inodes[ino] = (telling, same, kept)
+        if not changed:
+            return
+        self._acks, self._tables, self._inodes = self.world.acks, tables, inodes
+        for ino, inode in self.disk.inodes.items():
+            if ino not in copies:
+                copies[ino] = inode.copy()
+        disk = self.disk
+        self._copies = copies
+        frozen = Disk(disk.order, copies, list(disk.transactions), disk.next_ino, disk.now_ns)
+        self.moments.append(Moment(frozen, self.world.copy(), call))
 
 
 @dataclass(frozen=True)
