@@ -27,14 +27,17 @@ demo: install  ## the main job on real input
 bench: install  ## cryptfs, gocryptfs and the plain directory side by side; ARGS='--quick' for a short run
 	$(PYTHON) -m scripts.bench $(ARGS)
 
+# Each worker has directories, agents and mounts of its own; ARGS='-n 0' runs everything in one process.
+PYTEST := $(PYTHON) -m pytest -n auto --dist worksteal
+
 test: install  ## every test
-	$(PYTHON) -m pytest -m 'not torture' $(ARGS)
+	$(PYTEST) -m 'not torture' $(ARGS)
 
 test-unit: install  ## tests that need no mount
-	$(PYTHON) -m pytest -m 'not mount and not torture' $(ARGS)
+	$(PYTEST) -m 'not mount and not torture' $(ARGS)
 
 test-mount: install  ## tests that need /dev/fuse
-	$(PYTHON) -m pytest -m 'mount and not torture' $(ARGS)
+	$(PYTEST) -m 'mount and not torture' $(ARGS)
 
 torture: install  ## long random runs; CRYPTFS_TORTURE_S=7200 is the time for crash states
 	$(PYTHON) -m pytest -s -m torture $(ARGS)
