@@ -22,6 +22,8 @@ Found = TypeVar("Found", bound=Sized)
 GRACE_S = 5.0
 """How long a daemon may take to finish after the test that stopped it (it syncs and unmounts)."""
 POLL_S = 0.02
+SHOWN_MAX = 12
+"""How many descriptors are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Watch:
         """One line per thing left behind, after a bounded wait; mounts and processes left are removed."""
         left = []
         if fds := settled(self._new_fds):
-            left.append("descriptors " + ", ".join(f"{fd} -> {target}" for fd, target in sorted(fds.items())))
+            shown = ", ".join(f"{fd} -> {target}" for fd, target in sorted(fds.items())[:SHOWN_MAX])
+            left.append(f"{len(fds)} descriptors: {shown}")
         if mounts := settled(lambda: mounts_under(self.roots) - self.mounts):
             left += [f"mount {os.fsdecode(mountpoint)}" for mountpoint in sorted(mounts)]
             unmount(mounts)

@@ -210,11 +210,18 @@ class _Judge:
         bound = self.node.bindings.get(sealed, [])
         if found.kind in (Kind.FILE, Kind.DIR, Kind.SYMLINK):
             log_id = self._id_of(name, found, recorded)
+            is_newborn = log_id is None
+            if log_id is None:
+                # A new id: what the log names may be what lay here before. One for all names of an inode.
+                log_id = self._ids.setdefault(found.st.st_ino, self.ctx.random(ID_BYTES))
             if self._never_was(name, found, log_id, recorded, bound):
                 self.nameless.append(name)
                 return None
             if not self._is_new(found) and not any(b.kind == found.kind and b.log_id == log_id for b in bound):
                 raise Damaged("exchanged", "neither recorded here nor made in the crashed epoch")
+            if is_newborn:
+                newborn = self.newborn_files if found.kind == Kind.FILE else self.newborn_dirs
+                newborn.append((name, log_id))
             return Entry(sealed, found.kind, log_id)
         for entry in bound:
             if entry.kind == found.kind and entry.rdev == found.st.st_rdev:
@@ -244,7 +251,8 @@ class _Judge:
             raise Damaged("dir-log", "missing or not new, with entries that cannot be read")
         return found
 
-    def _id_of(self, name: bytes, found: Found, recorded: Entry | None) -> bytes:
+    def _id_of(self, name: bytes, found: Found, recorded: Entry | None) -> bytes | None:
+        """The id that what lies there proves; None for a creation cut short before its header or log."""
         if found.kind == Kind.SYMLINK:
             return decode_target_text(found.proof)[0]
         if found.kind == Kind.FILE and any(found.proof):
@@ -260,11 +268,7 @@ class _Judge:
             if recorded is None or recorded.kind != found.kind:
                 raise Damaged("dir-log", "missing, and not because it was new")
             return recorded.log_id  # It is damaged, which whoever opens it is told.
-        # A creation cut short before its header or log. A new id: what the log names may be what lay here before.
-        newborn = self.newborn_files if found.kind == Kind.FILE else self.newborn_dirs
-        log_id = self._ids.setdefault(found.st.st_ino, self.ctx.random(ID_BYTES))
-        newborn.append((name, log_id))
-        return log_id
+        return None
 
     def _is_newborn(self, name: bytes, found: Found) -> bool:
         """Of what has no header or log: whether that never reached the disk. Nothing older lies in such a directory."""

@@ -78,3 +78,16 @@ async def test_a_case_can_be_done_again() -> None:
     explorer = Explorer(await Scene.make(Order.DIRECTORY, "old"), SEED)
     case = Case.parse("directory old 1 | overwrite a; fsync a @3 lost 261:-1 | append a @4 killed")
     await explorer.replay(case)
+
+
+FOUND = (
+    "journal old 4002 | mkdir m; rmdir m @6 lost 277:1",
+    "directory killed 4001 | hold; mkdir m; rmdir m @6 lost 0:2",
+)
+"""Survivors that long runs once found wrong."""
+
+
+@pytest.mark.parametrize("text", FOUND)
+async def test_what_was_found_once_is_right_now(text: str) -> None:
+    case = Case.parse(text)
+    await Explorer(await Scene.make(case.order, case.start), case.seed).replay(case)

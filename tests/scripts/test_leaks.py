@@ -37,7 +37,7 @@ def test_nothing_left_is_nothing_found(watch: Watch, short_tmp: Path) -> None:
 def test_an_open_descriptor_is_found(watch: Watch, short_tmp: Path) -> None:
     fd = os.open(short_tmp, os.O_RDONLY)
     try:
-        assert watch.finish() == [f"descriptors {fd} -> {short_tmp}"]
+        assert watch.finish() == [f"1 descriptors: {fd} -> {short_tmp}"]
     finally:
         os.close(fd)
 
