@@ -283,7 +283,7 @@ def of_found(look: Look, before: World) -> World:
     numbers = {ROOT: ROOT}
     space: dict[Place, int] = {}
     for place, seen in look.items():
-        number = numbers.get(seen.number)
+        number = world.ids.get(seen.log_id) if seen.number == UNKNOWN else numbers.get(seen.number)
         if number is None:
             number = len(world.things)
             label = before.things[seen.number].label if seen.number != UNKNOWN else "something new"
