@@ -40,6 +40,7 @@ test-mount: install  ## tests that need /dev/fuse
 	$(PYTEST) -m 'mount and not torture' $(ARGS)
 
 torture: install  ## long random runs; CRYPTFS_TORTURE_S=7200 is the time for crash states
+	@bash scripts/install.sh torture
 	$(PYTHON) -m pytest -s -m torture $(ARGS)
 
 check: format-check lint type imports lock-check  ## everything that reads the code without running it

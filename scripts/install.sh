@@ -2,11 +2,14 @@
 # Installs what cryptfs needs to be built, run and tested. Run by the Makefile; safe to run again.
 #
 #   scripts/install.sh packages     Debian packages: only those missing, and only as root or with sudo
+#   scripts/install.sh torture      those that only `make torture` needs, too
 #   scripts/install.sh venv DIR     a virtual environment with pinned, hashed requirements
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev python3 python3-dev python3-venv gocryptfs sqlite3 git attr)
+packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev python3 python3-dev python3-venv gocryptfs sqlite3 git attr
+    make rsync vim-tiny)
+torture_packages=(stress-ng fio postgresql)
 
 say() { printf 'install: %s\n' "$*"; }
 die() {
@@ -73,6 +76,10 @@ make_venv() {
 
 case ${1:-} in
     packages) install_packages ;;
+    torture)
+        packages+=("${torture_packages[@]}")
+        install_packages
+        ;;
     venv) make_venv "${2:?usage: scripts/install.sh venv DIR}" ;;
-    *) die "no such step: ${1:-}" "scripts/install.sh packages, or scripts/install.sh venv DIR" ;;
+    *) die "no such step: ${1:-}" "scripts/install.sh packages, torture, or venv DIR" ;;
 esac
