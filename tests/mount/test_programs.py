@@ -94,16 +94,26 @@ def test_rsync_there_and_back(mounted: Box, short_tmp: Path) -> None:
     (source / "d" / "4").chmod(0o4711)
     (source / "d" / "e").chmod(0o2750)
     there = mounted.clear / "there"
-    run("rsync", "-aHS", f"{source}/", there, cwd=short_tmp)
+    run("rsync", "--modify-window=-1", "-aHS", f"{source}/", there, cwd=short_tmp)
     mounted.remount()
-    assert not run("rsync", "-aHScni", "--delete", f"{source}/", there, cwd=short_tmp)
-    run("rsync", "-aHS", f"{there}/", back, cwd=short_tmp)
-    assert not run("rsync", "-aHScni", "--delete", f"{source}/", back, cwd=short_tmp)
+    assert not run("rsync", "--modify-window=-1", "-aHScni", "--delete", f"{source}/", there, cwd=short_tmp)
+    run("rsync", "--modify-window=-1", "-aHS", f"{there}/", back, cwd=short_tmp)
+    assert not run("rsync", "--modify-window=-1", "-aHScni", "--delete", f"{source}/", back, cwd=short_tmp)
     assert snapshot(back) == snapshot(source)
     with (source / "d" / "39").open("r+b") as file:
         file.write(b"changed")
     os.rename(source / "d" / "7", source / "d" / "seven")
-    run("rsync", "-aHS", "--inplace", "--no-whole-file", "--delete", f"{source}/", there, cwd=short_tmp)
+    run(
+        "rsync",
+        "--modify-window=-1",
+        "-aHS",
+        "--inplace",
+        "--no-whole-file",
+        "--delete",
+        f"{source}/",
+        there,
+        cwd=short_tmp,
+    )
     assert snapshot(there) == snapshot(source)
 
 
