@@ -19,6 +19,8 @@
     +-- Repaired                   24   damage was found and put right: `check --repair` ends with it, nothing raises it
     +-- (VolumeDamaged) RolledBack 25   an older state of the volume than this machine has seen
     +-- FreshnessUnavailable       26   the record of what this machine has seen cannot be read or written
+    +-- AuditUnavailable           27   the audit log cannot be read or written, so what must be on it is refused
+    +-- AuditDamaged               28   the audit log was changed: lines edited, removed, reordered, or files missing
 
 The numbers are part of the command line's contract (docs/CLI_ABI.md): never reused, never renumbered. This module
 imports nothing; only `cli` turns an error into advice, only `fuse` into an errno.
@@ -144,3 +146,15 @@ class FreshnessUnavailable(CryptfsError):
     """The record of what this machine has seen of the volume is damaged, in use, or cannot be written."""
 
     exit_code = 26
+
+
+class AuditUnavailable(CryptfsError):
+    """The audit log cannot be read or written: what must be on the record is refused until it can."""
+
+    exit_code = 27
+
+
+class AuditDamaged(CryptfsError):
+    """The audit log is not what was written: lines were edited, removed or reordered, or files are missing."""
+
+    exit_code = 28

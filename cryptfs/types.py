@@ -46,6 +46,7 @@ class Purpose(enum.StrEnum):
     ATTR = "attr"
     LOG_FILE = "log-file"
     LOG_DIR = "log-dir"
+    LOG_AUDIT = "log-audit"
     NAMES = "names"
     VOLUME = "volume"
     VOLUME_MAC = "volume-mac"

@@ -16,12 +16,16 @@ KITS_MAX = 256
 PATH_MAX_BYTES = 4096
 LOGS_MAX = 1024
 """Most logs one request may record or ask about: a few milliseconds for everybody else."""
+FILES_MAX = 4096
+"""Most files of an audit log that are listed."""
 VERSION_MAX = (1 << 32) - 1
 BLOCK_MAX = (1 << 63) - 1
 SEQUENCE_MAX = (1 << 63) - 1
 
-# A key of this purpose is derived, never wrapped: nobody may have the agent make or unwrap one.
-_PURPOSES: Mapping[str, Purpose] = {p.value: p for p in Purpose if p is not Purpose.VOLUME_MAC}
+# Nobody may have the agent make or unwrap keys of these: the one is derived, never wrapped; who had one of the other
+# could write the audit log.
+_AGENTS_OWN = frozenset({Purpose.VOLUME_MAC, Purpose.LOG_AUDIT})
+_PURPOSES: Mapping[str, Purpose] = {p.value: p for p in Purpose if p not in _AGENTS_OWN}
 _WIDTHS = {purpose: wrapped_bytes(purpose) for purpose in Purpose}
 
 Args = Mapping[str, Any]

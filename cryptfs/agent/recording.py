@@ -32,6 +32,15 @@ class Peer(Protocol):
         """The process that connected, as the kernel says."""
         ...
 
+    @property
+    def audit_json(self) -> str:
+        """Who that is, as the audit log's lines have it."""
+        ...
+
+    def says_it_is(self, role: str) -> None:
+        """What the peer calls itself."""
+        ...
+
     def post(self, message: bytes) -> None:
         """Queue an encoded message; never blocks and never raises."""
         ...

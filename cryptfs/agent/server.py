@@ -11,16 +11,19 @@ import logging
 import os
 import signal
 import socket
-import struct
+from dataclasses import replace
 
 import trio
 
+from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.listen import listening
+from cryptfs.agent.peers import credentials, describe
 from cryptfs.agent.service import Service
 from cryptfs.agent.unlocking import Providers
 from cryptfs.errors import ProtocolError
 from cryptfs.format.agent_msg import Request, RequestDecoder, encode_failure
+from cryptfs.format.audit import PeerLine
 from cryptfs.ports import Clock, Random
 
 log = logging.getLogger(__name__)
@@ -36,8 +39,6 @@ BURST = 16
 STARTUP_GRACE_S = 10.0
 EMPTY_GRACE_S = 0.5
 EMFILE_PAUSE_S = 0.1
-
-_UCRED = struct.Struct("iII")
 
 
 class Server:
@@ -58,8 +59,10 @@ class Server:
 
         `exit_when_empty`: end once no volume is unlocked and no connection is open, after the grace times.
         """
+        self.audit = Auditor(os.path.join(state_dir, "audit"), random, clock)
         self._service = Service(
             providers=providers,
+            audit=self.audit,
             records=Records(os.path.join(state_dir, "fresh"), clock),
             random=random,
             clock=clock,
@@ -83,10 +86,12 @@ class Server:
         Raises `AlreadyServed`, `NotPermitted` or `CryptfsError` if the socket cannot be had (see `listen.listening`).
         """
         with listening(path) as listener:
+            self.audit.event("start", detail={"pid": os.getpid()})
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._accept, listener)
                     nursery.start_soon(self._close_records)
+                    nursery.start_soon(self.audit.serve)
                     if self._exit_when_empty:
                         nursery.start_soon(self._wait_empty)
                     task_status.started()
@@ -96,6 +101,7 @@ class Server:
                 self._service.forget_all()
                 with trio.CancelScope(shield=True):
                     await self._service.close_records()
+                self.audit.close()
 
     async def stop_on_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """End the server at SIGTERM, SIGINT or SIGHUP."""
@@ -151,16 +157,18 @@ class Server:
                 self._admit(sock, nursery)
 
     def _admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
-        pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        pid, uid = credentials(sock)
         if uid != os.geteuid():
             log.warning("refused a connection from uid %d, process %d", uid, pid)
+            self.audit.event("connect", "denied", peer=describe(sock, pid, uid).encode())
             sock.close()
         elif len(self._connections) >= CONNECTIONS_MAX:
             log.warning("refused a connection from process %d: %d are open", pid, CONNECTIONS_MAX)
+            self.audit.event("connect", "busy", peer=describe(sock, pid, uid).encode())
             sock.close()
         else:
             sock.settimeout(0)
-            connection = Connection(sock, pid, self._service)
+            connection = Connection(sock, describe(sock, pid, uid), self._service)
             self._connections.add(connection)
             self._on_change()
             nursery.start_soon(self._run, connection)
@@ -180,9 +188,11 @@ class Server:
 class Connection:
     """One client: its socket, what it has sent of an incomplete request, what it has not read yet."""
 
-    def __init__(self, sock: socket.socket, pid: int, service: Service) -> None:
+    def __init__(self, sock: socket.socket, peer: PeerLine, service: Service) -> None:
         """`sock` is connected and non-blocking, and this object's to close."""
-        self.pid = pid
+        self.pid = peer.pid
+        self._peer = peer
+        self.audit_json = peer.encode()
         self._sock = sock
         self._service = service
         self._decoder = RequestDecoder()
@@ -199,6 +209,11 @@ class Connection:
                 nursery.start_soon(self._send_rest)
                 await self._receive(nursery)
                 nursery.cancel_scope.cancel()
+
+    def says_it_is(self, role: str) -> None:
+        """What the peer calls itself."""
+        self._peer = replace(self._peer, role=role)
+        self.audit_json = self._peer.encode()
 
     def close(self) -> None:
         """Close the socket; what was not read is dropped."""
@@ -242,6 +257,7 @@ class Connection:
                 messages = self._decoder.feed(data)
             except ProtocolError as error:
                 log.warning("process %d: %s: connection ended", self.pid, error)
+                self._service.rubbish(self, error)
                 return
             for request in messages:
                 self._handle(request, nursery)

@@ -16,12 +16,15 @@ import trio
 
 from cryptfs.agent import args as arg
 from cryptfs.agent.args import Args
+from cryptfs.agent.attempts import Attempts
+from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.keyring import Keyring
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
 from cryptfs.agent.unlocking import NewVolume, Providers, Unlocked, create_volume, unlock_volume
 from cryptfs.crypto.secret import Secret
 from cryptfs.errors import (
+    AuditUnavailable,
     CryptfsError,
     Denied,
     FreshnessUnavailable,
@@ -35,7 +38,7 @@ from cryptfs.errors import (
     WrongSecret,
 )
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Request, encode_failure, encode_push, encode_reply
-from cryptfs.format.volume import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, FILE_MAX_BYTES, LABEL_MAX_CHARS
+from cryptfs.format.volume import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, FILE_MAX_BYTES, LABEL_MAX_CHARS, parse_volume
 from cryptfs.ports import Clock, Random
 from cryptfs.types import Purpose
 
@@ -50,6 +53,7 @@ _CODES: tuple[tuple[type[CryptfsError], str], ...] = (
     (WrongSecret, "wrong-secret"),
     (RolledBack, "rolled-back"),
     (FreshnessUnavailable, "freshness"),
+    (AuditUnavailable, "audit"),
     (VolumeDamaged, "damaged"),
     (UnsupportedFormat, "unsupported"),
     (Denied, "denied"),
@@ -66,8 +70,8 @@ class Service:
     """The verbs, on one keyring."""
 
     def __init__(
-        self, *, providers: Providers, records: Records, random: Random, clock: Clock, exit_when_empty: bool,
-        changed: Callable[[], None],
+        self, *, providers: Providers, records: Records, audit: Auditor, random: Random, clock: Clock,
+        exit_when_empty: bool, changed: Callable[[], None],
     ) -> None:  # fmt: skip
         """`changed` is called after the set of unlocked volumes may have changed."""
         self._providers = providers
@@ -77,6 +81,8 @@ class Service:
         self._changed = changed
         self._keyring = Keyring(random)
         self._records = records
+        self._audit = audit
+        self._attempts = Attempts()
         self._attached: dict[bytes, Attachment] = {}
         self._cipher_dirs: dict[bytes, bytes] = {}
         self._kept: set[bytes] = set()
@@ -87,13 +93,13 @@ class Service:
             "unwrap": self._unwrap,
             "generate": self._generate,
             "kits": self._kits,
-            "hello": self._hello,
             "lock": self._lock,
             "keep": self._keep,
             "status": self._status,
             "stop": self._stop,
         }
         self._of_peer: Mapping[str, Callable[[Peer, Args], dict[str, Any]]] = {
+            "hello": self._hello,
             "detach": self._detach,
         }
         self._slow: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
@@ -101,6 +107,7 @@ class Service:
             "unlock": self._unlock,
             "attach": self._attach,
             "unwrap": self._unwrap_first,
+            "audit": audit.verb_audit,
             **Recording(self._keyring, records, self._attached).verbs,
         }
 
@@ -127,17 +134,29 @@ class Service:
                 result = self._of_peer[request.verb](peer, request.args)
             else:
                 raise ProtocolError("unknown verb")
+            self._audit.done(peer, request.verb, request.args, result)
             return encode_reply(request.request_id, result)
         except Exception as error:  # noqa: BLE001 - one request's failure is that request's answer
-            return _failure(request, error)
+            return self._refuse(peer, request, error)
 
     async def answer_slow(self, peer: Peer, request: Request) -> bytes:
         """As `answer`, for verbs that wait for a thread. If cancelled, nothing is held that was not held before."""
         try:
+            self._audit.before(peer, request.verb, request.args)
             result = await self._slow[request.verb](peer, request.args)
+            self._audit.done(peer, request.verb, request.args, result)
             return encode_reply(request.request_id, result)
         except Exception as error:  # noqa: BLE001 - one request's failure is that request's answer
-            return _failure(request, error)
+            return self._refuse(peer, request, error)
+
+    def _refuse(self, peer: Peer, request: Request, error: Exception) -> bytes:
+        code, text, answer = _failure(request, error)
+        self._audit.refused(peer, request.verb, request.args, code, text)
+        return answer
+
+    def rubbish(self, peer: Peer, error: ProtocolError) -> None:
+        """The peer broke the protocol; its connection ends."""
+        self._audit.event("message", "protocol", peer=peer.audit_json, detail={"message": str(error)})
 
     def gone(self, peer: Peer) -> None:
         """The connection ended: what it was attached to and did not detach is forgotten, unless it is to be kept."""
@@ -157,13 +176,14 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------ verbs
 
-    def _hello(self, args: Args) -> dict[str, Any]:
+    def _hello(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "role")
         if args["role"] not in ("cli", "daemon"):
             raise ProtocolError("role must be cli or daemon")
+        peer.says_it_is(args["role"])
         return {"version": PROTOCOL_VERSION, "pid": os.getpid(), "started_s": self._started_s}
 
-    async def _create(self, _peer: Peer, args: Args) -> dict[str, Any]:
+    async def _create(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "block_size", "kind", "kdf_cost", "label", "secret")
         new = NewVolume(
             block_size=arg.get_int(args, "block_size", BLOCK_SIZE_MIN, BLOCK_SIZE_MAX),
@@ -177,15 +197,18 @@ class Service:
         unlocked = await self._with_secret(
             args, lambda secret: create_volume(new, secret, self._providers, self._random)
         )
+        await self._on_record(peer, "create", unlocked, {})
         self._hold(unlocked, b"")
         return {"volume": unlocked.data}
 
-    async def _unlock(self, _peer: Peer, args: Args) -> dict[str, Any]:
+    async def _unlock(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume", "cipher_dir", "secret")
         data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
         cipher_dir = arg.get_path(args, "cipher_dir")
-        # A count of failures and a delay that grows with it belong here, before the KDF runs.
-        unlocked = await self._with_secret(args, lambda secret: unlock_volume(data, secret, self._providers))
+        async with self._attempts.next(parse_volume(data).volume_id) as failures:
+            unlocked = await self._with_secret(args, lambda secret: unlock_volume(data, secret, self._providers))
+        said: dict[str, str | int | bool] = {"cipher-dir": os.fsdecode(cipher_dir), "failures-before": failures}
+        await self._on_record(peer, "unlock", unlocked, said)
         self._hold(unlocked, cipher_dir)
         return {"volume_id": unlocked.volume.volume_id, "kek_version": unlocked.volume.kek_version}
 
@@ -199,6 +222,20 @@ class Service:
 
         return await trio.to_thread.run_sync(in_thread, abandon_on_cancel=True, limiter=self._kdf_limit)
 
+    async def _on_record(self, peer: Peer, verb: str, unlocked: Unlocked, said: Mapping[str, str | int | bool]) -> None:
+        """Open the volume's audit log and say there that it is unlocked; if that fails, it must not be."""
+        volume_id = unlocked.volume.volume_id
+        held = self._keyring.holds(volume_id)
+        try:
+            await self._audit.open_volume(volume_id, unlocked.volume.kek_version, unlocked.keks)
+            self._audit.unlocked(peer, verb, volume_id, said)
+        except BaseException:
+            if not held:
+                self._audit.close_volume(volume_id, "forget")
+            for kek in unlocked.keks.values():
+                kek.wipe()
+            raise
+
     def _hold(self, unlocked: Unlocked, cipher_dir: bytes) -> None:
         volume = unlocked.volume
         self._keyring.hold(volume.volume_id, volume.kek_version, unlocked.keks)
@@ -211,6 +248,8 @@ class Service:
         return {"was_unlocked": self._forget(arg.get_id(args, "volume_id"))}
 
     def _forget(self, volume_id: bytes) -> bool:
+        if self._keyring.holds(volume_id):
+            self._audit.close_volume(volume_id, "forget")
         was_unlocked = self._keyring.forget(volume_id)
         self._cipher_dirs.pop(volume_id, None)
         attachment = self._attached.get(volume_id)
@@ -328,17 +367,19 @@ class Service:
         return {}
 
 
-def _failure(request: Request, error: Exception) -> bytes:
+def _failure(request: Request, error: Exception) -> tuple[str, str, bytes]:
+    """(code, text for people, the encoded answer)."""
     for kind, code in _CODES:
         if isinstance(error, kind):
             log.info("%s refused: %s", request.verb[:32], code)
-            return encode_failure(request.request_id, code, str(error))
+            return code, str(error), encode_failure(request.request_id, code, str(error))
     if isinstance(error, CryptfsError):
         log.warning("%s failed: %s", request.verb, error)
-        return encode_failure(request.request_id, "internal", str(error))
+        return "internal", str(error), encode_failure(request.request_id, "internal", str(error))
     # The text of an exception nobody foresaw may quote its arguments; its type and place do not.
     log.error("%s failed: %s", request.verb, type(error).__name__, exc_info=_place_only(error))
-    return encode_failure(request.request_id, "internal", f"the agent failed: {type(error).__name__}")
+    text = f"the agent failed: {type(error).__name__}"
+    return "internal", text, encode_failure(request.request_id, "internal", text)
 
 
 def _place_only(error: Exception) -> tuple[type[RuntimeError], RuntimeError, Any]:

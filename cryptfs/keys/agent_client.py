@@ -20,6 +20,7 @@ import trio
 
 from cryptfs.errors import (
     AgentUnavailable,
+    AuditUnavailable,
     CryptfsError,
     Denied,
     FreshnessUnavailable,
@@ -73,6 +74,7 @@ _ERRORS: Mapping[str, type[CryptfsError]] = {
     "protocol": ProtocolError,
     "busy": VolumeBusy,
     "freshness": FreshnessUnavailable,
+    "audit": AuditUnavailable,
     "internal": AgentUnavailable,
 }
 _UCRED = struct.Struct("iII")
@@ -244,7 +246,8 @@ class AgentClient:
         """One request and its result.
 
         Raises what the agent's error code stands for (`VolumeLocked`, `WrongSecret`, `VolumeDamaged`, `RolledBack`,
-        `UnsupportedFormat`, `Denied`, `VolumeBusy`, `FreshnessUnavailable`, `ProtocolError`), or `AgentUnavailable`.
+        `UnsupportedFormat`, `Denied`, `VolumeBusy`, `FreshnessUnavailable`, `AuditUnavailable`, `ProtocolError`), or
+        `AgentUnavailable`.
         If cancelled, the answer is dropped when it comes.
         """
         if self._lost is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import trio
@@ -195,6 +195,7 @@ class KeyCache:
         if not wanted:
             return {}
         event = trio.Event()
+        wanted = _contiguous(wanted)
         for _, wraps in wanted:
             self._in_flight.update(dict.fromkeys(wraps, event))
         try:
@@ -423,6 +424,25 @@ class KeyCache:
         while True:
             await trio.sleep(SWEEP_INTERVAL_S)
             self.sweep()
+
+
+def _contiguous(wanted: list[tuple[KeyRun, list[bytes]]]) -> list[tuple[KeyRun, list[bytes]]]:
+    """The same, with a run for each stretch of blocks that are asked for: what the audit log says is exact."""
+    out: list[tuple[KeyRun, list[bytes]]] = []
+    for run, wraps in wanted:
+        if run.purpose is not Purpose.BLOCK or len(wraps) == len(run.wrapped):
+            out.append((run, wraps))
+            continue
+        asked = set(wraps)
+        stretch: list[bytes] = []
+        for number, wrapped in enumerate(run.wrapped):
+            if wrapped not in asked:
+                stretch = []
+                continue
+            if not stretch:
+                out.append((replace(run, wrapped=stretch, first_block=run.first_block + number), stretch))
+            stretch.append(wrapped)
+    return out
 
 
 def _split(joined: bytes, width: int) -> list[bytes]:

@@ -1,0 +1,72 @@
+"""The paths of a volume by id: what the audit log's ids are called now, for whoever can unlock the volume."""
+
+from __future__ import annotations
+
+import os
+
+from cryptfs.errors import Damaged
+from cryptfs.fs.context import FsContext
+from cryptfs.fs.directory import DirNode
+from cryptfs.names import tree_name
+from cryptfs.ops.check_dirs import join
+from cryptfs.ops.offline import Access, open_to_read, shut
+from cryptfs.types import Kind
+
+_WITH_ID = (Kind.FILE, Kind.DIR, Kind.SYMLINK)
+
+Paths = dict[bytes, list[bytes]]
+
+
+async def paths_by_id(access: Access) -> Paths:
+    """All paths, from ``/``; a file with several names has several. What is damaged, or gone by now, is left out.
+
+    Raises `VolumeDamaged`, OSError, key errors.
+    """
+    looking = await open_to_read(access)
+    try:
+        ctx = looking.ctx
+        out: Paths = {access.config.root_dir_id: [b"/"]}
+        top = ctx.store.open(ctx.store.root(), b"tree", os.O_RDONLY | os.O_DIRECTORY)
+        # One descriptor per directory that waits: depth first, so few do.
+        waiting = [(top, access.config.root_dir_id, b"/")]
+        try:
+            while waiting:
+                fd, dir_id, path = waiting.pop()
+                try:
+                    waiting += await _visit(ctx, fd, dir_id, path, out)
+                except Damaged:
+                    continue
+                finally:
+                    ctx.store.close(fd)
+        finally:
+            for fd, _, _ in waiting:
+                ctx.store.close(fd)
+        return out
+    finally:
+        await shut(access, looking)
+
+
+async def _visit(ctx: FsContext, fd: int, dir_id: bytes, path: bytes, out: Paths) -> list[tuple[int, bytes, bytes]]:
+    node = await DirNode.open(ctx, ctx.store.fstat(fd).st_ino, fd, dir_id)
+    try:
+        names = (await node.keys()).names
+        entries = [(sealed, entry) for sealed, entry in node.entries.items() if entry.kind in _WITH_ID]
+        opened = []
+        for sealed, entry in entries:
+            try:
+                opened.append((names.open(sealed), sealed, entry))
+            except Damaged:
+                continue
+    finally:
+        node.close_log()
+    below = []
+    for name, sealed, entry in opened:
+        there = join(path, name)
+        out.setdefault(entry.log_id, []).append(there)
+        if entry.kind is Kind.DIR:
+            try:
+                inner = ctx.store.open(fd, tree_name(sealed), os.O_RDONLY | os.O_DIRECTORY)
+            except OSError:
+                continue
+            below.append((inner, entry.log_id, there))
+    return below
