@@ -72,7 +72,7 @@ class _Report:
         self.expired = 0
         self.missed = 0
         self.places = bytearray()
-        """What lines say of where other logs end: volume id (zeros: the agent's), u32 file, u64 line, 8 bytes of MAC."""
+        """Where lines say that other logs end: volume id (zeros: the agent's), u32 file, u64 line, 8 bytes of MAC."""
 
     def take(self, data: bytes, mac: bytes, generation: int) -> None:
         self.macs += mac[:MAC_SHORT_BYTES]

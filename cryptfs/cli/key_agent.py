@@ -48,7 +48,7 @@ def _run(request: Request[T]) -> T:
     return trio.run(_once, request)
 
 
-def _ask(request: Request[T]) -> T:
+def ask(request: Request[T]) -> T:
     """Ask an agent, starting one if needed. Raises what the request raises, or `AgentUnavailable`."""
     why = ""
     for _attempt in range(CONNECT_ATTEMPTS):
@@ -117,7 +117,7 @@ def is_unlocked(volume_id: bytes) -> bool:
 
 def unlock(volume_file: bytes, cipher_dir: Path, secret: bytes) -> None:
     """Unlock a volume. Raises `WrongSecret`, `VolumeDamaged`, `UnsupportedFormat`, `AgentUnavailable`."""
-    _ask(lambda client: client.unlock(volume=volume_file, cipher_dir=str(cipher_dir), secret=secret))
+    ask(lambda client: client.unlock(volume=volume_file, cipher_dir=str(cipher_dir), secret=secret))
 
 
 def lock(volume_id: bytes) -> bool:
@@ -160,4 +160,4 @@ def create_volume(cipher_dir: Path, *, block_size: int, kdf_cost: str, label: st
             with trio.CancelScope(shield=True):
                 await client.lock(volume_id)
 
-    _ask(request)
+    ask(request)

@@ -13,7 +13,8 @@ Rules:
 6. Text from outside (paths, labels, messages) is printed with its control characters escaped, so that a
    file's name cannot drive the terminal.
 7. A passphrase is never echoed, printed, or part of any message.
-8. JSON is one document, keys in snake_case, bytes as lower-case hexadecimal; docs/CLI_ABI.md lists every field.
+8. JSON is one document (`audit show` and `follow`: one object per line), keys in snake_case, bytes as lower-case
+   hexadecimal; docs/CLI_ABI.md lists every field.
 9. The exit code comes from the error's class (`cryptfs.errors`), 130 after Ctrl-C, 70 for a fault of our own.
 """
 

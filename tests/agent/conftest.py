@@ -104,7 +104,7 @@ def start_agent(short_tmp: Path) -> Iterator[StartAgent]:
             [*command, "--ready-fd", str(ready_write), *flags],
             pass_fds=[ready_write],
             stdin=subprocess.DEVNULL,
-            env=env or dict(os.environ),
+            env={**(env or os.environ), "XDG_STATE_HOME": str(short_tmp / "state")},
         )
         os.close(ready_write)
         with os.fdopen(ready_read) as ready:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cryptfs.agent.audit_file import Reading, read_frames
 from cryptfs.crypto.mac import sha256
 from cryptfs.crypto.siv import NameCipher
 from cryptfs.errors import CryptfsError, Damaged, ProtocolError, UnsupportedFormat, VolumeDamaged
@@ -16,11 +17,13 @@ from cryptfs.format.agent_msg import (
     encode_reply,
     encode_request,
 )
+from cryptfs.format.audit import AuditLine, PeerLine, Touched, decode_line
 from cryptfs.format.datafile import DataHeader, decode_data_header
 from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
 from cryptfs.format.log import (
     DELTA,
     HEADER_BYTES,
+    KIND_AUDIT,
     KIND_DIR,
     KIND_FILE,
     SNAPSHOT,
@@ -156,7 +159,34 @@ ANSWERS = [
     encode_reply(3, {"kek_version": 1, "kits": [[ID, bytes(32), bytes(40), b"", b"", bytes(64), bytes(80)]]}),
 ]
 
+AUDIT_LINES = [
+    AuditLine(1, "start", "ok", detail={"pid": 7, "text": "\udcff\n", "flag": True}),
+    AuditLine(1_700_000_000_000_000_000, "unwrap", "ok", ID, PeerLine(1, 0, "/usr/bin/python3", "python3", "daemon"),
+              (Touched(ID, "block", 5, ((3, 2), (9, 3))), Touched(ID, "attr", 1, (), authentic=False))),
+    AuditLine(5, "unlock", "wrong-secret", ID, PeerLine(1, 0), detail={"message": "no"}),
+]  # fmt: skip
+
+
+def _audit_line(data: bytes) -> object:
+    """What is accepted is written again, and read again as the same."""
+    line = decode_line(data)
+    assert decode_line(line.encode()) == line
+    return line
+
+
+def _audit_file(data: bytes) -> object:
+    """Without a key: nothing but bounds holds a stranger's bytes back."""
+    reading = Reading()
+    lines = list(read_frames(data, None, reading))
+    assert reading.fault is not None or reading.end == len(data)
+    return lines
+
+
+AUDIT_LOG = _log(LogHeader(KIND_AUDIT, 1, ID, bytes(40)), [line.encode() for line in AUDIT_LINES], [0, 0, 0])
+
 TARGETS = [
+    Target("audit line", _audit_line, [line.encode() for line in AUDIT_LINES], (Damaged,)),
+    Target("audit file", _audit_file, [AUDIT_LOG], (Damaged,)),
     Target("volume", _parse_volume, [_volume()], (VolumeDamaged, UnsupportedFormat), msgpack_at=16),
     Target("state", decode_slot, [state.signed() + bytes(32) for state in STATES], ()),
     Target("log header", decode_header, [FILE_LOG.encode(), DIR_LOG.encode()], (Damaged,)),

@@ -1,0 +1,110 @@
+"""`cryptfs audit`: what a mount did is on the record, under its paths; what somebody did to the record is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cryptfs import errors, paths
+from cryptfs.cli.audit_lines import Filter, Follower, moment
+from cryptfs.format.audit import AuditLine, PeerLine
+from tests.cli.conftest import PASSPHRASE, Cryptfs
+
+
+def audit_dir() -> Path:
+    return Path(paths.state_path(), "audit")
+
+
+def shown(cryptfs: Cryptfs, *words: str | Path, passphrase: str | None = None) -> list[dict[str, Any]]:
+    out = cryptfs.run("audit", "show", "--json", *words, passphrase=passphrase).stdout
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.mark.mount
+def test_what_a_mount_did_is_shown_by_path_and_verified(cryptfs: Cryptfs, vault: Path) -> None:
+    mnt = cryptfs.root / "mnt"
+    mnt.mkdir()
+    cryptfs.run("mount", vault, mnt, passphrase=PASSPHRASE)
+    (mnt / "dir").mkdir()
+    (mnt / "dir" / "file").write_bytes(b"x" * 100_000)
+    (mnt / "other").write_bytes(b"y" * 20_000)
+    cryptfs.run("umount", mnt)
+    cryptfs.run("mount", vault, mnt, passphrase=PASSPHRASE)
+    assert len((mnt / "dir" / "file").read_bytes()) == 100_000
+    lines = shown(cryptfs, vault, "--path", "/dir/file", "--verb", "unwrap")
+    assert lines
+    assert {path for line in lines for row in line["files"] for path in row["paths"]} >= {"/dir/file"}
+    blocks = {
+        first + i
+        for line in lines for row in line["files"] if row["paths"] == ["/dir/file"]
+        for first, count in row["blocks"] for i in range(count)
+    }  # fmt: skip
+    assert blocks == set(range(7))
+    assert lines[0]["peer"]["role"] == "daemon"
+    assert lines[0]["peer"]["pid"] in cryptfs.daemon_pids()
+    text = cryptfs.run("audit", "show", vault).stdout
+    assert "/dir/file blocks " in text
+    assert shown(cryptfs, vault, "--ids", "--process", str(lines[0]["peer"]["pid"]), "--verb", "attach")
+    assert not shown(cryptfs, "--process", "no-such-program")
+    verified = json.loads(cryptfs.run("audit", "verify", "--json").stdout)
+    assert verified["result"] == "intact"
+    assert [log["damage"] for log in verified["logs"]] == [[], []]
+    cryptfs.run("umount", mnt)
+    cryptfs.run("audit", "verify", vault, passphrase=PASSPHRASE)
+    assert "locked" in cryptfs.run("audit", "verify").stderr
+    log = audit_dir() / lines[0]["log"] / "00000001.log"
+    log.write_bytes(log.read_bytes().replace(b'"purpose":"block"', b'"purpose":"blork"', 1))
+    ended = cryptfs.run("audit", "verify", vault, passphrase=PASSPHRASE, code=errors.AuditDamaged.exit_code)
+    assert "CHANGED" in ended.stdout
+
+
+def test_a_wrong_passphrase_is_on_the_record_and_follow_sees_it(cryptfs: Cryptfs, vault: Path) -> None:
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    follower = Follower(str(audit_dir()))
+    assert follower.fresh() == []
+    cryptfs.run("lock", vault)
+    cryptfs.run("unlock", vault, passphrase="wrong", code=errors.WrongSecret.exit_code)
+    assert "wrong-secret" in [line.line.outcome for line in follower.fresh()]
+    [refused] = shown(cryptfs, vault, "--ids", "--refused")
+    assert (refused["verb"], refused["outcome"]) == ("unlock", "wrong-secret")
+    assert "wrong" not in json.dumps(refused["detail"]).replace("wrong-secret", "")
+    cryptfs.run("audit", "show", "--path", "/x", code=errors.UsageError.exit_code)
+    cryptfs.run("audit", "show", "--since", "yesterday-ish", code=errors.UsageError.exit_code)
+    cryptfs.run("audit", "show", vault, "--path", "/none", passphrase=PASSPHRASE, code=errors.UsageError.exit_code)
+
+
+def test_no_log_is_no_failure(cryptfs: Cryptfs) -> None:
+    assert cryptfs.run("audit", "show").stdout == ""
+    assert json.loads(cryptfs.run("audit", "verify", "--json").stdout)["result"] == "intact"
+
+
+def test_times() -> None:
+    now = moment("now")
+    ago = moment("90m")
+    assert now is not None
+    assert ago is not None
+    assert 5390 < (now - ago) / 1e9 < 5410
+    assert moment("1970-01-02T00:00:00+00:00") == 86400 * 10**9
+    for bad in ("", "5", "5y", "2026-13-01", "9999999999d"):
+        with pytest.raises(errors.UsageError):
+            moment(bad)
+
+
+def test_filters() -> None:
+    line = AuditLine(100, "unwrap", "ok", b"v" * 16, PeerLine(7, 0, "/usr/bin/python3", "python3", "daemon"))
+    takes = [
+        Filter(100, 100, None, frozenset()), Filter(None, None, "7", frozenset()),
+        Filter(None, None, "python", frozenset({"unwrap"})), Filter(None, None, "daemon", frozenset()),
+    ]  # fmt: skip
+    leaves = [
+        Filter(101, None, None, frozenset()), Filter(None, 99, None, frozenset()),
+        Filter(None, None, "77", frozenset()), Filter(None, None, None, frozenset({"lock"})),
+        Filter(None, None, None, frozenset(), refused=True),
+        Filter(None, None, None, frozenset(), volume_id=b"w" * 16),
+        Filter(None, None, None, frozenset(), ids=frozenset({b"f" * 16})),
+    ]  # fmt: skip
+    assert all(each.takes(line) for each in takes)
+    assert not any(each.takes(line) for each in leaves)
