@@ -98,6 +98,8 @@ async def _serve(
         if not foreground:
             _let_go_of_streams()
         _tell(ready_fd, "ready\n")
+        # After that line: the log's first file takes a few syncs, and whoever waits need not wait for them.
+        server.audit.event("start", detail={"pid": os.getpid()})
     nursery.cancel_scope.cancel()
 
 

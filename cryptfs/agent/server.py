@@ -86,7 +86,6 @@ class Server:
         Raises `AlreadyServed`, `NotPermitted` or `CryptfsError` if the socket cannot be had (see `listen.listening`).
         """
         with listening(path) as listener:
-            self.audit.event("start", detail={"pid": os.getpid()})
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._accept, listener)
