@@ -243,6 +243,11 @@ class RootProvider(Protocol):
         """The protector's `kind` in the volume file."""
         ...
 
+    @property
+    def needs_network(self) -> bool:
+        """Whether the root key's holder is reached by sockets other than Unix ones: if not, the agent has none."""
+        ...
+
     def new_params(self, cost: str) -> dict[str, int | str | bytes]:
         """Parameters for a new protector; `cost` is low, normal or high. Raises `UsageError` for any other."""
         ...

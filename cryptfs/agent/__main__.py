@@ -18,10 +18,14 @@ import time
 
 import trio
 
-from cryptfs.agent.hardening import harden
-from cryptfs.agent.server import Server
+from cryptfs.agent.hardening import measures
+from cryptfs.agent.peer_names import PeerNames
+from cryptfs.agent.places import covering_mount
+from cryptfs.agent.sandbox import confine
+from cryptfs.agent.server import Around, Server
+from cryptfs.agent.unlocking import Providers
 from cryptfs.errors import CryptfsError, UsageError
-from cryptfs.paths import state_path
+from cryptfs.paths import private_dir, state_path
 from cryptfs.roots.passphrase import PassphraseProvider
 
 log = logging.getLogger("cryptfs.agent")
@@ -49,9 +53,20 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(PermissionError):  # already the leader of a session
                 os.setsid()
             os.chdir("/")
-        for problem in harden():
-            log.warning("%s", problem)
-        trio.run(_run, options.socket, options.exit_when_empty, options.ready_fd, options.foreground)
+        peers = PeerNames()
+        passphrase = PassphraseProvider(os.urandom)
+        providers: Providers = {passphrase.kind: passphrase}
+        server = Server(
+            providers=providers,
+            state_dir=state_path(),
+            random=os.urandom,
+            clock=SystemClock(),
+            around=Around(
+                peers.exe_of, _confined(options, network=any(each.needs_network for each in providers.values()))
+            ),
+            exit_when_empty=options.exit_when_empty,
+        )
+        trio.run(_run, server, options.socket, options.ready_fd, options.foreground)
     except CryptfsError as error:
         return _fail(error, options.ready_fd)
     except BaseExceptionGroup as group:
@@ -71,15 +86,24 @@ def _fail(error: CryptfsError, ready_fd: int | None) -> int:
     return error.exit_code
 
 
-async def _run(path: str, exit_when_empty: bool, ready_fd: int | None, foreground: bool) -> None:  # noqa: FBT001
-    passphrase = PassphraseProvider(os.urandom)
-    server = Server(
-        providers={passphrase.kind: passphrase},
-        state_dir=state_path(),
-        random=os.urandom,
-        clock=SystemClock(),
-        exit_when_empty=exit_when_empty,
-    )
+def _confined(options: argparse.Namespace, *, network: bool) -> dict[str, str]:
+    """Harden and confine this process; what is in force, by measure. Anything missing is logged, nothing is fatal."""
+    found = {name: "on" if problem is None else f"off: {problem}" for name, problem in measures().items()}
+    socket_dir, state_dir = os.path.dirname(os.path.abspath(options.socket)), state_path()
+    writable = [private_dir(socket_dir)]
+    inside = covering_mount(state_dir)
+    if inside is None:
+        writable.append(private_dir(state_dir))
+    if options.log_file is not None:
+        writable.append(os.path.dirname(os.path.abspath(options.log_file)))
+    found |= confine(writable, network=network)
+    for name, state in found.items():
+        if not state.startswith("on"):
+            log.warning("%s: %s", name, state)
+    return found
+
+
+async def _run(server: Server, path: str, ready_fd: int | None, foreground: bool) -> None:  # noqa: FBT001
     async with trio.open_nursery() as nursery:
         await nursery.start(server.stop_on_signals)
         nursery.start_soon(_serve, server, path, nursery, ready_fd, foreground)

@@ -141,6 +141,12 @@ class Auditor:
                 raise
             self._volumes[volume_id] = opened
 
+    def reseal(self, volume_id: bytes, kek_version: int, keks: Mapping[int, Secret]) -> None:
+        """The volume's KEKs are held elsewhere now."""
+        opened = self._volumes.get(volume_id)
+        if opened is not None:
+            opened.reseal(Sealing(keks, kek_version, volume_id))
+
     def unlocked(self, peer: AuditedPeer, verb: str, volume_id: bytes, detail: Detail) -> None:
         """Record an unlock, with where the agent's log ends. Raises `AuditUnavailable`."""
         number, line, end_mac = self._agent_log().place

@@ -286,6 +286,7 @@ def _connect(path: str) -> sqlite3.Connection:
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA temp_store = MEMORY")  # the agent may write nowhere but below its own directories
         database.execute("PRAGMA journal_size_limit = 4194304")
         database.execute("BEGIN EXCLUSIVE")  # takes the lock now, and keeps it
         database.execute("COMMIT")

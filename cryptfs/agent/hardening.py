@@ -13,7 +13,12 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 def harden() -> list[str]:
     """Apply every measure to this process; return one line for each that could not be had, none if all are in force."""
-    return [problem for problem in (_no_core_dumps(), _not_dumpable(), _lock_memory()) if problem]
+    return [problem for problem in measures().values() if problem]
+
+
+def measures() -> dict[str, str | None]:
+    """Apply every measure to this process; by name, why it could not be had, None where it is in force."""
+    return {"core_dumps": _no_core_dumps(), "dumpable": _not_dumpable(), "locked_memory": _lock_memory()}
 
 
 def _no_core_dumps() -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cryptfs.crypto.secret import Secret
+from cryptfs.crypto.secret_memory import SecretMemory
 from cryptfs.crypto.wrap import key_bytes, unwrap_keys, volume_mac_matches, wrap_keys, wrapped_bytes, wrapping_key
 from cryptfs.errors import VolumeDamaged, VolumeLocked
 from cryptfs.format.volume import Volume, parse_volume, split_mac
@@ -34,9 +35,10 @@ class _Held:
 class Keyring:
     """All KEKs the agent holds."""
 
-    def __init__(self, random: Random) -> None:
-        """`random` makes every key and id."""
+    def __init__(self, random: Random, memory: SecretMemory | None = None) -> None:
+        """`random` makes every key and id; KEKs are moved into `memory`."""
         self._random = random
+        self._memory = memory
         self._held: dict[bytes, _Held] = {}
 
     @property
@@ -47,7 +49,13 @@ class Keyring:
     def hold(self, volume_id: bytes, kek_version: int, keks: Mapping[int, Secret]) -> None:
         """Take over `keks` (version -> 32 bytes); those held before for this volume are wiped."""
         self.forget(volume_id)
-        self._held[volume_id] = _Held(kek_version, keks)
+        memory = self._memory
+        held = keks if memory is None else {version: memory.moved(kek) for version, kek in keks.items()}
+        self._held[volume_id] = _Held(kek_version, held)
+
+    def keks(self, volume_id: bytes) -> Mapping[int, Secret]:
+        """The volume's KEKs, the keyring's to wipe. Raises `VolumeLocked`."""
+        return self._of(volume_id).keks
 
     def forget(self, volume_id: bytes) -> bool:
         """Wipe the volume's KEKs; False if none were held."""

@@ -23,7 +23,12 @@ def credentials(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def describe(sock: socket.socket, pid: int, uid: int) -> PeerLine:
+def exe_of(pid: int) -> str | None:
+    """The program of a process, from /proc; None if it is hidden from us, or gone."""
+    return _quietly(lambda: os.readlink(f"/proc/{pid}/exe"))
+
+
+def describe(sock: socket.socket, pid: int, uid: int, exe_of: Callable[[int], str | None] = exe_of) -> PeerLine:
     """The peer's program, read now.
 
     By number, from /proc: where the kernel has SO_PEERPIDFD, only if that process is still the one that connected, so
@@ -31,7 +36,7 @@ def describe(sock: socket.socket, pid: int, uid: int) -> PeerLine:
     undumpable (our daemon, of a user other than root) the program is hidden, its name is not.
     """
     with _peer_pidfd(sock) as pidfd:
-        exe = _quietly(lambda: os.readlink(f"/proc/{pid}/exe"))
+        exe = exe_of(pid)
         comm = _quietly(lambda: Path(f"/proc/{pid}/comm").read_bytes().decode("utf-8", "replace").rstrip("\n"))
         if pidfd is not None and _has_ended(pidfd):
             exe = comm = None

@@ -11,14 +11,15 @@ import logging
 import os
 import signal
 import socket
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import trio
 
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.listen import listening
-from cryptfs.agent.peers import credentials, describe
+from cryptfs.agent.peers import credentials, describe, exe_of
 from cryptfs.agent.service import Service
 from cryptfs.agent.unlocking import Providers
 from cryptfs.errors import ProtocolError
@@ -41,6 +42,15 @@ EMPTY_GRACE_S = 0.5
 EMFILE_PAUSE_S = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What the agent's process is like: how to find out which program a peer runs, and what protects it."""
+
+    exe_of: Callable[[int], str | None] = exe_of
+    hardening: Mapping[str, str] = field(default_factory=dict)
+    """By measure, ``on`` or why not."""
+
+
 class Server:
     """Serves one socket until told to stop, a signal comes, or (if asked for) nothing is left to do."""
 
@@ -51,6 +61,7 @@ class Server:
         state_dir: str,
         random: Random,
         clock: Clock,
+        around: Around | None = None,
         exit_when_empty: bool = False,
         startup_grace_s: float = STARTUP_GRACE_S,
         empty_grace_s: float = EMPTY_GRACE_S,
@@ -67,8 +78,10 @@ class Server:
             random=random,
             clock=clock,
             exit_when_empty=exit_when_empty,
+            hardening=(around or Around()).hardening,
             changed=self._on_change,
         )
+        self._exe_of = (around or Around()).exe_of
         self._exit_when_empty = exit_when_empty
         self._startup_grace_s = startup_grace_s
         self._empty_grace_s = empty_grace_s
@@ -159,15 +172,15 @@ class Server:
         pid, uid = credentials(sock)
         if uid != os.geteuid():
             log.warning("refused a connection from uid %d, process %d", uid, pid)
-            self.audit.event("connect", "denied", peer=describe(sock, pid, uid).encode())
+            self.audit.event("connect", "denied", peer=describe(sock, pid, uid, self._exe_of).encode())
             sock.close()
         elif len(self._connections) >= CONNECTIONS_MAX:
             log.warning("refused a connection from process %d: %d are open", pid, CONNECTIONS_MAX)
-            self.audit.event("connect", "busy", peer=describe(sock, pid, uid).encode())
+            self.audit.event("connect", "busy", peer=describe(sock, pid, uid, self._exe_of).encode())
             sock.close()
         else:
             sock.settimeout(0)
-            connection = Connection(sock, describe(sock, pid, uid), self._service)
+            connection = Connection(sock, describe(sock, pid, uid, self._exe_of), self._service)
             self._connections.add(connection)
             self._on_change()
             nursery.start_soon(self._run, connection)

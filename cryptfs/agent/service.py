@@ -23,6 +23,7 @@ from cryptfs.agent.keyring import Keyring
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
 from cryptfs.agent.unlocking import NewVolume, Providers, Unlocked, create_volume, unlock_volume
 from cryptfs.crypto.secret import Secret
+from cryptfs.crypto.secret_memory import SecretMemory
 from cryptfs.errors import (
     AuditUnavailable,
     CryptfsError,
@@ -71,7 +72,7 @@ class Service:
 
     def __init__(
         self, *, providers: Providers, records: Records, audit: Auditor, random: Random, clock: Clock,
-        exit_when_empty: bool, changed: Callable[[], None],
+        exit_when_empty: bool, hardening: Mapping[str, str], changed: Callable[[], None],
     ) -> None:  # fmt: skip
         """`changed` is called after the set of unlocked volumes may have changed."""
         self._providers = providers
@@ -79,7 +80,9 @@ class Service:
         self._clock = clock
         self._exit_when_empty = exit_when_empty
         self._changed = changed
-        self._keyring = Keyring(random)
+        memory = SecretMemory()
+        self._hardening = {**hardening, "memfd_secret": memory.why_not or "on"}
+        self._keyring = Keyring(random, memory)
         self._records = records
         self._audit = audit
         self._attempts = Attempts()
@@ -96,6 +99,7 @@ class Service:
             "lock": self._lock,
             "keep": self._keep,
             "status": self._status,
+            "about": self._about,
             "stop": self._stop,
         }
         self._of_peer: Mapping[str, Callable[[Peer, Args], dict[str, Any]]] = {
@@ -239,6 +243,7 @@ class Service:
     def _hold(self, unlocked: Unlocked, cipher_dir: bytes) -> None:
         volume = unlocked.volume
         self._keyring.hold(volume.volume_id, volume.kek_version, unlocked.keks)
+        self._audit.reseal(volume.volume_id, volume.kek_version, self._keyring.keks(volume.volume_id))
         self._cipher_dirs[volume.volume_id] = cipher_dir
         log.info("volume %s is unlocked", volume.volume_id.hex())
         self._changed()
@@ -259,6 +264,10 @@ class Service:
                 attachment.peer.post(encode_push({"event": "locked", "volume_id": volume_id}))
             self._changed()
         return was_unlocked
+
+    def _about(self, args: Args) -> dict[str, Any]:
+        arg.expect(args)
+        return {"pid": os.getpid(), "hardening": self._hardening, "audit": self._audit.trouble}
 
     def _status(self, args: Args) -> dict[str, Any]:
         arg.expect(args)

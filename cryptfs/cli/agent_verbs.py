@@ -28,6 +28,24 @@ def run(*, foreground: bool) -> int:
 
 
 @agent.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
+def status(*, as_json: bool) -> None:
+    """Show what protects the agent's process here, and whether its audit log can be written."""
+    from cryptfs.cli import key_agent
+    from cryptfs.errors import AgentUnavailable
+
+    about = key_agent.about()
+    if about is None:
+        raise AgentUnavailable("no agent runs")
+    if as_json:
+        ui.out_json({"pid": about.pid, "hardening": dict(about.hardening), "audit_trouble": about.audit_trouble})
+        return
+    ui.table(["measure", "state"], [[name.replace("_", " "), state] for name, state in about.hardening.items()])
+    if about.audit_trouble is not None:
+        ui.warning(about.audit_trouble)
+
+
+@agent.command()
 def stop() -> None:
     """Make the agent forget every key and end. Mounts stay; what needs a key fails there until `cryptfs unlock`."""
     from cryptfs.cli import agent_process, key_agent, processes

@@ -17,6 +17,7 @@ from cryptfs.errors import AgentUnavailable
 
 if TYPE_CHECKING:
     from cryptfs.keys.agent_client import AgentClient, VolumeStatus
+    from cryptfs.keys.audit_requests import About
 
 T = TypeVar("T")
 Request = Callable[["AgentClient"], Awaitable[T]]
@@ -87,6 +88,13 @@ def pid() -> int | None:
         return (await client.status()).pid
 
     return _ask_running(request, None)
+
+
+def about() -> About | None:
+    """What the agent says about itself; None if none runs."""
+    from cryptfs.keys.audit_requests import about_agent
+
+    return _ask_running(about_agent, None)
 
 
 def ending_pid() -> int | None:

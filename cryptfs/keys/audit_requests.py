@@ -1,4 +1,4 @@
-"""The agent's verb `audit`: what it says of the files of its audit logs."""
+"""The agent's verbs `audit` and `about`: what it says of its audit logs and of itself."""
 
 from __future__ import annotations
 
@@ -28,6 +28,27 @@ class AuditFile:
     expired: int
     missed: int
     places: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """The agent's process. `hardening`: by measure, ``on`` or why not; `audit_trouble`: why its log is not written."""
+
+    pid: int
+    hardening: dict[str, str]
+    audit_trouble: str | None
+
+
+async def about_agent(client: AgentClient) -> About:
+    """The verb `about`."""
+    result = await client.request("about", {})
+    with client.rubbish_is_loss():
+        hardening, trouble = result.get("hardening"), result.get("audit")
+        if not isinstance(hardening, dict) or any(type(state) is not str for state in hardening.values()):
+            raise ProtocolError("hardening is no map of words")
+        if not (trouble is None or type(trouble) is str):
+            raise ProtocolError("audit is no text")
+        return About(get_int(result, "pid"), hardening, trouble)
 
 
 async def audit_files(client: AgentClient, volume_id: bytes | None) -> list[int]:

@@ -76,6 +76,7 @@ class PassphraseProvider:
     """Protectors of kind `passphrase`."""
 
     kind = PASSPHRASE
+    needs_network = False
 
     def __init__(self, random: Random = os.urandom) -> None:
         self._random = random

@@ -41,6 +41,7 @@ class FakeProvider:
     """Protectors of kind `fake`. Set `failure` to have every root key's holder fail with it."""
 
     kind = "fake"
+    needs_network = False
 
     def __init__(self) -> None:
         self.failure: CryptfsError | None = None
