@@ -213,10 +213,11 @@ class Frame:
 
 @dataclass
 class Log:
-    """Frames up to the last that counts."""
+    """Frames up to the last that counts. `gap`: those before the first are lost, with what they alone said."""
 
     frames: list[Frame]
     names_key: bytes
+    gap: bool = False
 
     @property
     def last(self) -> int:
@@ -260,20 +261,15 @@ def read_log(raw: bytes, kind: int, log_id: bytes, keys: Keys, unclean: Unclean)
     log_key = keys.unwrap("log-dir" if kind == 2 else "log-file", log_id, version, header[32:72])
     names_key = keys.unwrap("names", log_id, version, header[72:144]) if kind == 2 else b""
     log = Log([], names_key)
-    at, previous = 160, hashlib.sha256(header).digest()
-    try:
-        while at < len(raw):
-            frame = read_frame(raw, at, log_key, log_id)
-            check(frame.previous_mac == previous, "frame's chain")
-            check(frame.generation > log.last, "frame's generation runs back")
-            check(log.frames or frame.kind == SNAPSHOT, "log begins with a delta")
-            check(len(raw) >= at + frame.length, "frame is torn")
-            log.frames.append(frame)
-            at, previous = at + frame.length, frame.mac
-    except Damaged:
-        lost_below = max((f.durable_up_to for f in frames_after(raw, at, log_key, log_id)), default=0)
-        check(lost_below <= log.last, "durable frames are lost")
-        check(not log.frames or unclean.since(log.last), "the log's tail")
+    log.frames, at = read_chain(raw, 160, hashlib.sha256(header).digest(), log_key, log_id)
+    check(not log.frames or log.frames[0].kind == SNAPSHOT, "log begins with a delta")
+    if at < len(raw):
+        rest = [frame for _, frame in frames_after(raw, at, log_key, log_id)]
+        acknowledged = max((known_durable(frame, unclean) for frame in rest), default=0)
+        if kind == 1:
+            log, at = behind_gaps(raw, at, log, log_key, log_id, acknowledged)
+        check(acknowledged <= log.last, "durable frames are lost")
+        check(at >= len(raw) or not log.frames or unclean.since(log.last), "the log's tail")
     # A payload that is not the head's is a crash's work only where the crash can have been (§5, Damage).
     for n, frame in enumerate(log.frames):
         if frame.payload is None and frame.generation > log.durable_up_to and unclean.has(frame.generation):
@@ -282,11 +278,48 @@ def read_log(raw: bytes, kind: int, log_id: bytes, keys: Keys, unclean: Unclean)
     return log if log.frames else None
 
 
-def frames_after(raw: bytes, at: int, log_key: bytes, log_id: bytes) -> Iterator[Frame]:
-    """Authentic frames anywhere past a broken one at `at`: they tell what it was."""
+def read_chain(raw: bytes, at: int, previous: bytes, log_key: bytes, log_id: bytes) -> tuple[list[Frame], int]:
+    """Frames from `at` on that link to one another, the first to `previous`, and where they end."""
+    frames: list[Frame] = []
+    try:
+        while at < len(raw):
+            frame = read_frame(raw, at, log_key, log_id)
+            check(frame.previous_mac == previous, "frame's chain")
+            check(not frames or frame.generation > frames[-1].generation, "frame's generation runs back")
+            check(len(raw) >= at + frame.length, "frame is torn")
+            frames.append(frame)
+            at, previous = at + frame.length, frame.mac
+    except Damaged:
+        pass
+    return frames, at
+
+
+def known_durable(frame: Frame, unclean: Unclean) -> int:
+    """The newest generation that a frame's head alone shows to be durable."""
+    return frame.durable_up_to if unclean.has(frame.generation) else frame.generation
+
+
+def behind_gaps(raw: bytes, at: int, log: Log, log_key: bytes, log_id: bytes, acknowledged: int) -> tuple[Log, int]:
+    """The log from the last chain on that only damage, no crash, can have cut off (§5, A gap), and where that ends."""
+    best, best_end, newest, end = log, at, log.last, at
+    for start, frame in frames_after(raw, at, log_key, log_id):
+        if start < end:
+            continue
+        frames, end = read_chain(raw, start, frame.previous_mac, log_key, log_id)
+        if not frames:
+            continue
+        if newest < frame.generation <= acknowledged:
+            best, best_end = Log(frames, log.names_key, gap=True), end
+        newest = max(newest, frames[-1].generation)
+    return best, best_end
+
+
+def frames_after(raw: bytes, at: int, log_key: bytes, log_id: bytes) -> Iterator[tuple[int, Frame]]:
+    """Authentic frames anywhere past a broken one at `at`, and where they start: they tell what it was."""
+    at -= 1
     while (at := raw.find(b"CFF0", at + 1)) >= 0:
         try:
-            yield read_frame(raw, at, log_key, log_id)
+            yield at, read_frame(raw, at, log_key, log_id)
         except Damaged:
             continue
 
@@ -411,18 +444,25 @@ class State:
     records: dict[int, Record | None] = field(default_factory=dict)
     xattrs: Any = None
     target: Any = None
+    lost_attributes: bool = False
 
     def share(self, block: int, block_size: int) -> int:
         """How many bytes of the file `block` stands for."""
         return max(0, min(block_size, self.size - block * block_size))
 
 
-def replay(frames: list[Frame], block_size: int) -> State:
-    """What a prefix of a log says."""
+def replay(frames: list[Frame], block_size: int, *, gap: bool = False) -> State:
+    """What a prefix of a log says; behind a `gap` everything is damaged that no frame states."""
     state = State()
+    if gap:
+        state.size = frames[0].size
+        state.records.update(dict.fromkeys(range(-(-state.size // block_size))))
+        state.lost_attributes = True
     for frame in frames:
         if frame.kind == SNAPSHOT:
             state = State()
+        if frame.payload and "x" in frame.payload:
+            state.lost_attributes = False
         shrinks, state.size = frame.size < state.size, frame.size
         if frame.payload is None:
             check(frame.kind == DELTA, "snapshot's payload")
@@ -462,7 +502,7 @@ def settle(log: Log, block_size: int, unclean: Unclean, read: Callable[[Record],
     """The state that counts (§9): after a crash the longest prefix whose records in doubt all decrypt."""
     frames = log.frames
     while unclean.has(log.last) and frames[-1].generation > log.durable_up_to:
-        state = replay(frames, block_size)
+        state = replay(frames, block_size, gap=log.gap)
         try:
             for record in state.records.values():
                 if record and record.generation > log.durable_up_to and unclean.has(record.generation):
@@ -473,8 +513,9 @@ def settle(log: Log, block_size: int, unclean: Unclean, read: Callable[[Record],
                 break
             frames = frames[:-1]
             if not frames:
+                check(not log.gap, "durable frames are lost")
                 return State()
-    return replay(frames, block_size)
+    return replay(frames, block_size, gap=log.gap)
 
 
 def decrypt(record: Record, file_id: bytes, data: int, twin: Path, keys: Keys) -> bytes:
@@ -607,7 +648,9 @@ class Volume:
         if found.kind == FILE:
             xattrs, note = self.extract_file(tree_fd, hidden, found, dest_fd, name, path)
         elif found.kind == SYMLINK:
-            state = replay(need(found.log, "no log").frames, self.keys.block_size)
+            log = need(found.log, "no log")
+            check(not log.gap, "damaged frames")
+            state = replay(log.frames, self.keys.block_size)
             target = need(attribute(b"t", state.target, entry_id, self.keys), "no target")
             check(len(target) == int.from_bytes(from_b64(os.readlink(hidden, dir_fd=tree_fd))[16:], "big"), "length")
             xattrs, note = state.xattrs, b" -> " + target
@@ -646,6 +689,8 @@ class Volume:
                 state = settle(found.log, block_size, self.unclean, read)
                 crashed = self.unclean.since(found.log.last)
                 check(found.info.st_size == 64 + state.size or crashed, "size of the data file")
+                if state.lost_attributes:
+                    self.report(path, Damaged("attributes: their frame is damaged"))
             else:
                 check(found.entry is None or self.unclean.has(found.born), "missing sidecar")
             if not self.listing:

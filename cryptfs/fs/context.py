@@ -82,6 +82,10 @@ class FsContext:
         assert self.state is not None
         return self.state.is_unclean(epoch_of(generation))
 
+    def is_settled(self, generation: int) -> bool:
+        """Whether what was written at `generation` is durable, or is this daemon's own."""
+        return self.state is None or not self.forgives(generation)
+
     def crashed_since(self, generation: int) -> bool:
         """Whether an epoch not older than that of `generation` ended uncleanly: what came after it may be torn."""
         assert self.state is not None

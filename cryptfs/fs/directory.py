@@ -22,8 +22,9 @@ from cryptfs.format.log import DELTA, KIND_DIR, Head, LogHeader
 from cryptfs.fs.context import FsContext, open_log
 from cryptfs.fs.freshness import check
 from cryptfs.fs.locks import SharedLock
+from cryptfs.fs.log_gap import acknowledged_in_tail
 from cryptfs.fs.resync import log_again
-from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log, vouched_in_tail
+from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
 from cryptfs.names import DIR_LOG, tree_name
 from cryptfs.ports import KeyRun, Kit
 from cryptfs.types import ID_BYTES, Purpose, epoch_of
@@ -370,9 +371,11 @@ class DirNode:
             if not (ctx.crashed_since(last) and epoch_of(last) < ctx.state.epoch):
                 raise Damaged("dir-log", "a frame is damaged")
             keep = next((i for i, payload in enumerate(replayed.payloads) if payload is None), keep)
-        if not keep or (keep < len(heads) and heads[keep].generation <= max(replayed.durable_up_to, floor)):
+        # Frames of epochs that ended cleanly are durable whether a later one says so or not.
+        settled = (head.generation for head in heads if ctx.is_settled(head.generation))
+        if not keep or (keep < len(heads) and heads[keep].generation <= max(replayed.durable_up_to, floor, *settled)):
             raise Damaged("dir-log", "a frame is damaged")
-        if replayed.tail and vouched_in_tail(replayed, log_key) > heads[keep - 1].generation:
+        if replayed.tail and acknowledged_in_tail(replayed, log_key, ctx.is_settled) > heads[keep - 1].generation:
             raise Damaged("dir-log", "an acknowledged frame is damaged")
         check(heads[keep - 1].generation, floor)
         crashed = ctx.crashed_since(last) and epoch_of(last) < ctx.state.epoch

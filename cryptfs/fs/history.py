@@ -13,9 +13,14 @@ POISON = 9
 
 
 def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, int]:
-    """(block map, size) after the first `keep` frames. A frame whose payload is lost poisons the blocks it names."""
+    """(block map, size) after the first `keep` frames. A frame whose payload is lost poisons the blocks it names.
+
+    Behind a gap every block that the first frame's size covers and no frame states is poisoned.
+    """
     blocks = ExtentMap(block_size)
     size = 0
+    if replayed.gap and keep and replayed.heads[0].size:
+        blocks.insert(_poison(0, -(-replayed.heads[0].size // block_size), block_size, 0))
     for i, head in enumerate(replayed.heads[:keep]):
         if head.kind == SNAPSHOT:
             blocks, size = ExtentMap(block_size), 0
@@ -35,7 +40,7 @@ def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, 
                 blocks.insert(_extent(run, head.generation))
         elif head.first < head.end:
             blocks.remove(head.first, head.end)
-            blocks.insert(Extent(head.first, head.end, 0, block_size, POISON, 0, b"", b"", DURABLE, head.generation))
+            blocks.insert(_poison(head.first, head.end, block_size, head.generation))
     return blocks, size
 
 
@@ -48,6 +53,10 @@ def decoded_payload(replayed: Replay, frame: int, block_size: int) -> SidecarPay
             return None
         decoded = replayed.decoded[frame] = decode_sidecar(payload, block_size)
     return decoded
+
+
+def _poison(first: int, end: int, block_size: int, generation: int) -> Extent:
+    return Extent(first, end, 0, block_size, POISON, 0, b"", b"", DURABLE, generation)
 
 
 def _extent(run: Run, generation: int) -> Extent:

@@ -24,9 +24,10 @@ from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.format.log import KIND_FILE, LogHeader
 from cryptfs.format.sidecar import SidecarPayload
-from cryptfs.fs.context import FsContext, open_ours, sidecar_name, twin_name
+from cryptfs.fs.context import FsContext, log, open_ours, sidecar_name, twin_name
 from cryptfs.fs.freshness import check
 from cryptfs.fs.history import POISON, build_map
+from cryptfs.fs.log_gap import take_up
 from cryptfs.fs.recovery import recover, restart_newborn
 from cryptfs.fs.resync import write_again
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
@@ -347,7 +348,9 @@ class Journal:
                 await self.owner.warm(parsed)
             log_key = await self.log_key()
             floor = ctx.freshness.floor(state.file_id)
-            replayed = authenticate(parsed, log_key)
+            replayed = take_up(authenticate(parsed, log_key), log_key, ctx.is_settled)
+            if replayed.gap:
+                log.warning("inode %d: frames of its sidecar are damaged, read from the next one on", state.ino)
             await self._adopt(fd, replayed, data_size, born, floor, has_header=bool(raw_header))
         except BaseException:
             if self.log is None or self.log.fd != fd:

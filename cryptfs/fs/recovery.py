@@ -17,7 +17,8 @@ from cryptfs.format.datafile import HEADER_BYTES, DataHeader
 from cryptfs.fs.context import FsContext, log, sidecar_name, write_all
 from cryptfs.fs.freshness import check
 from cryptfs.fs.history import POISON, build_map
-from cryptfs.fs.sealed_log import Replay, vouched_in_tail
+from cryptfs.fs.log_gap import acknowledged_in_tail
+from cryptfs.fs.sealed_log import Replay
 from cryptfs.fs.state import FileState
 from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose
@@ -42,7 +43,7 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, f
     durable = max(replayed.durable_up_to, *settled, 0)
     if replayed.tail:
         # A frame that survived behind a torn one still knows what had become durable before it.
-        durable = max(durable, vouched_in_tail(replayed, await journal.log_key()))
+        durable = max(durable, acknowledged_in_tail(replayed, await journal.log_key(), ctx.is_settled))
         if durable > max((head.generation for head in replayed.heads), default=0):
             raise Damaged("frame", "an acknowledged frame is damaged")
     check(replayed.heads[-1].generation if replayed.heads else 0, floor)
@@ -63,7 +64,7 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, f
         if least:
             blocks, size = build_map(replayed, least, block_size)
             keep = least
-        elif born is not None and not ctx.forgives(born):
+        elif replayed.gap or (born is not None and not ctx.forgives(born)):
             # It was there, with at least one frame, when an epoch ended cleanly.
             raise Damaged("frame", "no intact frame")
         else:

@@ -19,6 +19,7 @@ from cryptfs.blocks.extents import DURABLE
 from cryptfs.errors import Damaged
 from cryptfs.fs.context import FsContext, sidecar_name, write_all
 from cryptfs.fs.history import POISON
+from cryptfs.fs.log_gap import take_up
 from cryptfs.fs.recovery import authentic
 from cryptfs.fs.sealed_log import SealedLog, authenticate, parse, read_log
 from cryptfs.ports import KeyRun
@@ -89,7 +90,7 @@ async def symlink_again(ctx: FsContext, log_id: bytes) -> None:
 def _last_mac(raw: bytes, key: Buffer, durable: int) -> bytes | None:
     """The MAC of the last frame of a log that is authentic to its end, None for any other."""
     try:
-        good = authenticate(parse(raw), key)
+        good = take_up(authenticate(parse(raw), key), key, lambda _: True)
     except Damaged:
         return None
     lost = any(p is None and h.generation > durable for h, p in zip(good.heads, good.payloads, strict=True))

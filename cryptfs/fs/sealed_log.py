@@ -21,7 +21,6 @@ from cryptfs.format.log import (
     DELTA,
     FOOT_BYTES,
     HEAD_BYTES,
-    HEAD_MAGIC,
     HEADER_BYTES,
     SIGNED_BYTES,
     SNAPSHOT,
@@ -52,6 +51,8 @@ class Replay:
     ends: list[int] = field(default_factory=list)
     tail: int = 0
     raw: bytes = b""
+    gap: bool = False
+    """Frames before the first one here are lost (`log_gap`): what none of these states is not known."""
     decoded: dict[int, SidecarPayload] = field(default_factory=dict)
     """Payloads of a sidecar that were decoded already, by frame."""
 
@@ -226,25 +227,6 @@ class SealedLog:
         self.prev_mac = head[SIGNED_BYTES:]
         self.end += HEAD_BYTES + len(frame.payload) + FOOT_BYTES
         self.unsynced = True
-
-
-def vouched_in_tail(replayed: Replay, mac_key: Buffer) -> int:
-    """The largest `durable_up_to` of any authentic head among the tail's bytes, 0 for none.
-
-    A tail is what a crash tore, or what somebody tore so that it looks like it: a frame in it that was once durable
-    says so.
-    """
-    log_id, raw, found = replayed.header.log_id, replayed.raw, 0
-    at = raw.find(HEAD_MAGIC, len(raw) - replayed.tail)
-    while at >= 0:
-        try:
-            head = decode_head(raw[at : at + HEAD_BYTES])
-        except Damaged:
-            head = None
-        if head is not None and same(mac(mac_key, log_id, head.signed()), head.mac):
-            found = max(found, head.durable_up_to)
-        at = raw.find(HEAD_MAGIC, at + 1)
-    return found
 
 
 def read_log(store: Store, fd: int) -> bytes:

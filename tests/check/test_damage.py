@@ -210,7 +210,7 @@ SEEN: list[tuple[Damage, str, set[str]]] = [
     (sidecar_gone, "file", set()),
     (sidecar_header_flipped, "file", set()),
     (sidecar_payload_flipped, "blocks", set()),
-    (sidecar_head_flipped, "file", set()),
+    (sidecar_head_flipped, "blocks", set()),
     (sidecar_cut, "file", set()),
     (sidecar_with_a_tail, "file", set()),
     (sidecars_exchanged, "file", {"/docs/a", "/docs/b", "/docs/deep/also-b"}),

@@ -16,6 +16,7 @@ from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES
 from cryptfs.format.log import FOOT_BYTES, HEAD_BYTES
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
+from cryptfs.format.sidecar import decode_sidecar
 from cryptfs.format.state import SLOT_BYTES
 from cryptfs.fs.sealed_log import Replay, parse
 from cryptfs.types import Kind
@@ -326,6 +327,27 @@ def lose_a_payload(vault: Vault, rng: random.Random) -> Harm:
     vault.write(vault.sidecar(place), flipped(raw, at, rng))
     what = f"flip byte {at} of a payload of {place.path!r}, blocks {head.first} to {head.end}"
     return Harm(what, blocks=blocks_of(place, head.first, head.end))
+
+
+@mutation
+def lose_a_head(vault: Vault, rng: random.Random) -> Harm:
+    """A frame that is lost with its head costs the blocks of that time which no later frame states."""
+    place = a_file(vault, rng)
+    raw, replay = frames(vault.sidecar(place))
+    if len(replay.heads) < 2:
+        raise NotHere
+    which = rng.randrange(len(replay.heads) - 1)
+    at = rng.randrange(bounds(replay)[which][0], bounds(replay)[which][0] + HEAD_BYTES)
+    vault.write(vault.sidecar(place), flipped(raw, at, rng))
+    known: set[int] = set()
+    for payload, head in zip(replay.payloads[which + 1 :], replay.heads[which + 1 :], strict=True):
+        assert payload is not None
+        said = decode_sidecar(payload, BLOCK)
+        known.update(b for first, count in said.holes for b in range(first, first + count))
+        known.update(b for run in said.runs for b in range(run.first, run.first + run.count))
+        known.update(range(-(-head.size // BLOCK), place.blocks))
+    lost = {(path, b) for path, b in blocks_of(place, 0, place.blocks) if b not in known}
+    return Harm(f"flip byte {at} of a head of {place.path!r}, {len(lost)} blocks", blocks=lost)
 
 
 @mutation
