@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +79,7 @@ def _mount(
         with ui.waiting(f"mounting {cipher_dir}"):
             starting = daemon_process.start(cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground)
         with processes.ended_unless_left(starting):
+            _warn_of_damage(cipher_dir, mountpoint)
             if foreground:
                 return _stay(starting, f"{cipher_dir} is mounted on {mountpoint}")
             starting.leave()
@@ -87,6 +89,19 @@ def _mount(
         raise
     ui.done(f"{cipher_dir} is mounted on {mountpoint}")
     return 0
+
+
+def _warn_of_damage(cipher_dir: Path, mountpoint: Path) -> None:
+    """Say it if the volume's root directory is damaged: the mount is there, and shows nothing."""
+    try:
+        with os.scandir(mountpoint) as entries:
+            next(entries, None)
+    except OSError as error:
+        if error.errno == errno.EIO:
+            ui.warning(
+                f"the root directory of {cipher_dir} is damaged, nothing in it can be shown; "
+                "unmount it and run `cryptfs check --repair`"
+            )
 
 
 def _stay(daemon: Starting, said: str) -> int:

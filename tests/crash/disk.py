@@ -67,6 +67,12 @@ def loop_disk(root: Path, place: Path, *, size_mib: int = 256) -> Iterator[LoopD
     place.mkdir(exist_ok=True)
     disk.mount()
     try:
+        try:
+            disk.cut_power()
+        except OSError as error:
+            raise CannotMake(f"this ext4 cannot be shut down: {error.strerror}") from error
+        disk.umount()
+        disk.mount()
         (place / "lost+found").rmdir()
         yield disk
     finally:

@@ -113,6 +113,11 @@ class Vault:
         """`source`, of any kind, at `path` instead of what is there."""
         self.add(path, lambda to: _copy(source, to))
 
+    def forget(self) -> None:
+        """The way back is no longer needed: all of the volume is put there anew."""
+        self._undo.clear()
+        self.restore()
+
     def restore(self) -> None:
         """As before the first change since the last call."""
         while self._undo:
