@@ -363,6 +363,7 @@ def test_a_part_of_the_volume_is_missing(box: Box, what: str) -> None:
     ended = box.run("mount", box.vault, box.clear, code=None)
     if what == "tree/.dir":
         assert ended.returncode == 0, ended
+        assert "warning: the root directory" in ended.stderr
         with refused(errno.EIO):
             os.listdir(box.clear)
         return
