@@ -59,7 +59,7 @@ def test_the_daemon_is_killed(mounted: Box) -> None:
     rounds = Rounds(mounted, SEED, daemon_killed)
     for _ in range(KILLS):
         rounds.play(longest_s=LONGEST_S)
-    assert rounds.acknowledged > 100 * KILLS
+    assert rounds.acknowledged > 10 * KILLS
     assert " ERROR " not in mounted.log()
 
 
@@ -68,7 +68,7 @@ def test_the_agent_is_killed(mounted: Box, crash: Crash) -> None:
     rounds = Rounds(mounted, SEED, crash)
     for _ in range(AGENT_KILLS):
         rounds.play(longest_s=LONGEST_S)
-    assert rounds.acknowledged > 100
+    assert rounds.acknowledged > 10 * AGENT_KILLS
 
 
 def test_the_power_is_cut(on_loop: tuple[Box, LoopDisk]) -> None:
@@ -76,7 +76,7 @@ def test_the_power_is_cut(on_loop: tuple[Box, LoopDisk]) -> None:
     rounds = Rounds(box, SEED, power_cut(disk), stop_writers=True)
     for _ in range(POWER_CUTS):
         rounds.play(longest_s=LONGEST_S)
-    assert rounds.acknowledged > 20 * POWER_CUTS
+    assert rounds.acknowledged > 10 * POWER_CUTS
 
 
 def test_the_daemon_is_killed_and_then_the_power_is_cut(on_loop: tuple[Box, LoopDisk]) -> None:
