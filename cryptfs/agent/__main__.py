@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import time
+from logging.handlers import RotatingFileHandler
 
 import trio
 
@@ -29,6 +30,9 @@ from cryptfs.paths import private_dir, state_path
 from cryptfs.roots.passphrase import PassphraseProvider
 
 log = logging.getLogger("cryptfs.agent")
+
+LOG_BYTES = 1 << 20
+LOGS_KEPT = 3
 
 
 class SystemClock:
@@ -144,7 +148,7 @@ def _log_to(path: str | None, *, foreground: bool) -> None:
     handler: logging.Handler
     if path is not None:
         try:
-            handler = logging.FileHandler(path, encoding="utf-8")
+            handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOGS_KEPT, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"cannot write the log file {path}: {error.strerror}") from error
     elif foreground:

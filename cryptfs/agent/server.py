@@ -26,12 +26,15 @@ from cryptfs.errors import ProtocolError
 from cryptfs.format.agent_msg import Request, RequestDecoder, encode_failure
 from cryptfs.format.audit import PeerLine
 from cryptfs.ports import Clock, Random
+from cryptfs.sending import Sender
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 128
 SLOW_PER_CONNECTION_MAX = 64
 """Requests that wait for a thread: a KDF's, or that of the freshness records."""
+REQUEST_S = 30.0
+"""How long a client may take to send one request."""
 RECV_BYTES = 64 << 10
 UNSENT_MAX_BYTES = 16 << 20
 """Answers and pushes a peer has not read; beyond it the connection ends."""
@@ -174,7 +177,7 @@ class Server:
             log.warning("refused a connection from uid %d, process %d", uid, pid)
             self.audit.event("connect", "denied", peer=describe(sock, pid, uid, self._exe_of).encode())
             sock.close()
-        elif len(self._connections) >= CONNECTIONS_MAX:
+        elif len(self._connections) >= CONNECTIONS_MAX and not self._make_room():
             log.warning("refused a connection from process %d: %d are open", pid, CONNECTIONS_MAX)
             self.audit.event("connect", "busy", peer=describe(sock, pid, uid, self._exe_of).encode())
             sock.close()
@@ -184,6 +187,22 @@ class Server:
             self._connections.add(connection)
             self._on_change()
             nursery.start_soon(self._run, connection)
+
+    def _make_room(self) -> bool:
+        """Hang up on the connection that has been idle longest and is no daemon's; False if there is none."""
+        idle = [
+            (since, number, connection)
+            for number, connection in enumerate(self._connections)
+            if (since := connection.idle_since) is not None and not self._service.is_attached(connection)
+        ]
+        if not idle:
+            return False
+        connection = min(idle)[2]
+        log.warning("process %d: its idle connection makes room for a new one", connection.pid)
+        connection.hang_up()
+        # Its place is free at once: it is closed when its task runs.
+        self._connections.discard(connection)
+        return True
 
     async def _run(self, connection: Connection) -> None:
         try:
@@ -208,9 +227,8 @@ class Connection:
         self._sock = sock
         self._service = service
         self._decoder = RequestDecoder()
-        self._unsent = bytearray()
-        self._all_sent = trio.Event()
-        self._wake_sender = trio.Event()
+        self._sender = Sender(sock, lambda _: self.hang_up())
+        self._heard_at = trio.current_time()
         self._slow = 0
         self._scope = trio.CancelScope()
 
@@ -218,7 +236,7 @@ class Connection:
         """Serve until the peer is gone or broke the protocol."""
         with self._scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send_rest)
+                nursery.start_soon(self._sender.serve)
                 await self._receive(nursery)
                 nursery.cancel_scope.cancel()
 
@@ -233,24 +251,31 @@ class Connection:
 
     def post(self, message: bytes) -> None:
         """Send what the socket takes now; queue the rest. Ends the connection if the peer lets too much pile up."""
-        if not self._unsent:
-            try:
-                sent = self._sock.send(message)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                self._scope.cancel()
-                return
-            if sent == len(message):
-                return
-            self._all_sent = trio.Event()
-            self._unsent += message[sent:]
-            self._wake_sender.set()
-        elif len(self._unsent) + len(message) > UNSENT_MAX_BYTES:
+        if self._sender.unsent and self._sender.unsent + len(message) > UNSENT_MAX_BYTES:
             log.warning("process %d does not read its answers: connection ended", self.pid)
-            self._scope.cancel()
+            self.hang_up()
         else:
-            self._unsent += message
+            self._sender.send(message)
+
+    def hang_up(self) -> None:
+        """End the connection."""
+        self._scope.cancel()
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when nothing is under way here (trio's clock); None while something is."""
+        return None if self._slow or self._sender.unsent else self._heard_at
+
+    async def _readable(self) -> bool:
+        """Wait for more; False if the peer began a request and does not go on with it."""
+        if not self._decoder.pending_bytes:
+            await trio.lowlevel.wait_readable(self._sock)
+            return True
+        with trio.move_on_at(self._heard_at + REQUEST_S):
+            await trio.lowlevel.wait_readable(self._sock)
+            return True
+        log.warning("process %d did not finish its request within %g s: connection ended", self.pid, REQUEST_S)
+        return False
 
     async def _receive(self, nursery: trio.Nursery) -> None:
         answered = 0
@@ -258,13 +283,16 @@ class Connection:
             try:
                 data = self._sock.recv(RECV_BYTES)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._sock)
+                if not await self._readable():
+                    return
                 answered = 0
                 continue
             except OSError:
                 return
             if not data:
                 return
+            if not self._decoder.pending_bytes:
+                self._heard_at = trio.current_time()
             try:
                 messages = self._decoder.feed(data)
             except ProtocolError as error:
@@ -274,9 +302,8 @@ class Connection:
             for request in messages:
                 self._handle(request, nursery)
                 answered += 1
-                if self._unsent:
-                    # No more requests from a peer that does not read its answers.
-                    await self._all_sent.wait()
+                # No more requests from a peer that does not read its answers.
+                await self._sender.sent()
                 if answered % BURST == 0:
                     await trio.lowlevel.checkpoint()
 
@@ -294,19 +321,3 @@ class Connection:
             self.post(await self._service.answer_slow(self, request))
         finally:
             self._slow -= 1
-
-    async def _send_rest(self) -> None:
-        while True:
-            await self._wake_sender.wait()
-            self._wake_sender = trio.Event()
-            while self._unsent:
-                await trio.lowlevel.wait_writable(self._sock)
-                try:
-                    sent = self._sock.send(self._unsent)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    self._scope.cancel()
-                    return
-                del self._unsent[:sent]
-            self._all_sent.set()

@@ -162,6 +162,10 @@ class Service:
         """The peer broke the protocol; its connection ends."""
         self._audit.event("message", "protocol", peer=peer.audit_json, detail={"message": str(error)})
 
+    def is_attached(self, peer: Peer) -> bool:
+        """Whether the connection stands for a daemon."""
+        return any(attachment.peer is peer for attachment in self._attached.values())
+
     def gone(self, peer: Peer) -> None:
         """The connection ended: what it was attached to and did not detach is forgotten, unless it is to be kept."""
         for volume_id in [volume_id for volume_id, at in self._attached.items() if at.peer is peer]:

@@ -47,6 +47,7 @@ from cryptfs.keys.agent_answers import (
     get_volume_status,
 )
 from cryptfs.paths import socket_address
+from cryptfs.sending import Sender
 from cryptfs.types import DEK_BYTES, ID_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
 
 __all__ = ["AgentClient", "AgentStatus", "Kit", "VolumeStatus", "connect", "open_agent"]
@@ -113,8 +114,7 @@ class AgentClient:
         self._waiting: dict[int, _Waiting] = {}
         self._abandoned: set[int] = set()
         self._last_id = 0
-        self._unsent = bytearray()
-        self._wake_sender = trio.Event()
+        self._sender = Sender(sock, self._cannot_send)
         self._scope = trio.CancelScope()
         self._lost: str | None = None
         self.lost = trio.Event()
@@ -127,7 +127,7 @@ class AgentClient:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._send_rest)
+                    nursery.start_soon(self._sender.serve)
                     nursery.start_soon(self._watch)
                     while self._lost is None:
                         await trio.lowlevel.wait_readable(self._sock)
@@ -149,7 +149,7 @@ class AgentClient:
             return
         self._lost = why
         self.lost.set()
-        self._unsent.clear()
+        self._sender.drop()
         self._scope.cancel()
         # So that the agent learns it now, whenever `run` comes to closing the descriptor.
         with contextlib.suppress(OSError):
@@ -199,35 +199,8 @@ class AgentClient:
         if self._poll.poll(LINGER_MS):
             self._receive()
 
-    def _send(self, message: bytes) -> None:
-        if not self._unsent:
-            try:
-                sent = self._sock.send(message)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._lose(f"the key agent is gone: {error.strerror}")
-                return
-            if sent == len(message):
-                return
-            message = message[sent:]
-            self._wake_sender.set()
-        self._unsent += message
-
-    async def _send_rest(self) -> None:
-        while True:
-            await self._wake_sender.wait()
-            self._wake_sender = trio.Event()
-            while self._unsent:
-                await trio.lowlevel.wait_writable(self._sock)
-                try:
-                    sent = self._sock.send(self._unsent)
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    self._lose(f"the key agent is gone: {error.strerror}")
-                    return
-                del self._unsent[:sent]
+    def _cannot_send(self, error: OSError) -> None:
+        self._lose(f"the key agent is gone: {error.strerror}")
 
     async def _watch(self) -> None:
         # Ticks instead of a timeout around each request: a request is on the path of every small file's first read.
@@ -255,7 +228,7 @@ class AgentClient:
         self._last_id = request_id = self._last_id + 1
         message = encode_request(request_id, verb, args)
         entry = self._waiting[request_id] = _Waiting(patience_ticks)
-        self._send(message)
+        self._sender.send(message)
         if self.linger and len(self._waiting) == 1 and len(message) <= LINGER_MAX_BYTES:
             self._take_time()
             if self._lingers > LINGERS_IN_A_ROW:

@@ -370,8 +370,8 @@ async def test_a_peer_that_never_reads_holds_up_nobody_and_is_not_read_either(se
                 await trio.lowlevel.checkpoint()
             with trio.fail_after(5):
                 await client.status()
-            [connection] = [each for each in served.server._connections if each._unsent]
-            assert len(connection._unsent) < 1 << 20
+            [connection] = [each for each in served.server._connections if each._sender.unsent]
+            assert connection._sender.unsent < 1 << 20
         await settled(lambda: served.server.connections == 1)
 
 
@@ -401,8 +401,11 @@ async def test_vanishing_clients_leave_nothing_behind(serve_here: ServeHere) -> 
         assert trio.lowlevel.current_statistics().tasks_living == tasks
 
 
-async def test_connections_beyond_the_limit_are_refused(serve_here: ServeHere, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_beyond_the_limit_are_refused_if_none_is_idle(
+    serve_here: ServeHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cryptfs.agent.server.CONNECTIONS_MAX", 3)
+    monkeypatch.setattr("cryptfs.agent.server.Connection.idle_since", None)
     async with serve_here() as served:
         async with open_agent(served.path), open_agent(served.path), open_agent(served.path):
             with pytest.raises(AgentUnavailable):
