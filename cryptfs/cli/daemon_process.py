@@ -33,6 +33,7 @@ class MountOptions:
     max_uses: int | None = None
     no_cache: bool = False
     fuse_options: tuple[str, ...] = field(default=())
+    force_owner: str | None = None
 
     def arguments(self) -> list[str]:
         """As the daemon's command line."""
@@ -41,6 +42,7 @@ class MountOptions:
             ("--max-age", self.max_age_s),
             ("--max-entries", self.max_entries),
             ("--max-uses", self.max_uses),
+            ("--force-owner", self.force_owner),
         ):
             if value is not None:
                 words += [name, str(value)]
@@ -51,9 +53,11 @@ class MountOptions:
 
 def check(options: MountOptions) -> None:
     """That the daemon would take these options. Raises `UsageError`, before any key is brought in for nothing."""
+    from cryptfs.daemon.args import owner_of
     from cryptfs.keys.policy import MAX_AGE_DEFAULT_S, MAX_ENTRIES_DEFAULT, CachePolicy
 
     CachePolicy(options.max_age_s or MAX_AGE_DEFAULT_S, options.max_entries or MAX_ENTRIES_DEFAULT, options.max_uses)
+    owner_of(options.force_owner)
     given = {word for group in options.fuse_options for word in group.split(",") if word}
     if unknown := sorted(given - FUSE_OPTIONS):
         raise hinted(UsageError(f"unknown mount option: {unknown[0]}"), f"there are {', '.join(sorted(FUSE_OPTIONS))}")

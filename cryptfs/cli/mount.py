@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 )
 @click.option("--read-only", is_flag=True, help="Refuse every change.")
 @click.option(
+    "--force-owner",
+    metavar="UID:GID",
+    help="Show everything as this user's and group's; chown is refused, new files are the mounting user's below.",
+)
+@click.option(
     "--max-age",
     metavar="S",
     type=click.FloatRange(min=0, min_open=True, max=7 * 86400),
@@ -43,6 +48,7 @@ def mount(  # noqa: PLR0913  one parameter per option
     foreground: bool,
     fuse_options: tuple[str, ...],
     read_only: bool,
+    force_owner: str | None,
     max_age: float | None,
     max_entries: int | None,
     max_uses: int | None,
@@ -54,7 +60,7 @@ def mount(  # noqa: PLR0913  one parameter per option
     """Mount the volume DIR on the empty directory MOUNTPOINT, unlocking it if needed."""
     from cryptfs.cli.daemon_process import MountOptions
 
-    options = MountOptions(read_only, max_age, max_entries, max_uses, no_cache, fuse_options)
+    options = MountOptions(read_only, max_age, max_entries, max_uses, no_cache, fuse_options, force_owner)
     return _mount(dir, mountpoint, options, passphrase.choose(passfile, passfd, extpass), foreground=foreground)
 
 

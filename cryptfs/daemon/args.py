@@ -16,6 +16,8 @@ FUSE_OPTIONS = frozenset(
         "nodiratime", "noexec", "nosuid", "relatime", "suid", "sync",
     }
 )  # fmt: skip
+_ID_END = 2**32 - 1
+"""The largest 32-bit number means "leave it" to chown(2)."""
 _OURS = frozenset({"ro", "rw", "default_permissions"})
 
 
@@ -31,6 +33,7 @@ class DaemonArgs:
     read_only: bool
     policy: CachePolicy
     fuse_options: frozenset[str]
+    force_owner: tuple[int, int] | None = None
 
 
 def parse(argv: Sequence[str]) -> DaemonArgs:
@@ -47,6 +50,7 @@ def parse(argv: Sequence[str]) -> DaemonArgs:
     parser.add_argument("--max-entries", type=int, default=MAX_ENTRIES_DEFAULT)
     parser.add_argument("--max-uses", type=int)
     parser.add_argument("--no-cache", action="store_true")
+    parser.add_argument("--force-owner")
     parser.add_argument("-o", dest="options", action="append", default=[])
     given = parser.parse_args(argv)
     options = {word for group in given.options for word in group.split(",") if word}
@@ -57,4 +61,15 @@ def parse(argv: Sequence[str]) -> DaemonArgs:
     return DaemonArgs(
         given.cipher_dir, given.mountpoint, given.agent_socket, given.ready_fd, given.log_file,
         given.read_only or "ro" in options, policy, frozenset(options & FUSE_OPTIONS),
+        owner_of(given.force_owner),
     )  # fmt: skip
+
+
+def owner_of(text: str | None) -> tuple[int, int] | None:
+    """(uid, gid) from "UID:GID"; None if there is none. Raises `UsageError`."""
+    if text is None:
+        return None
+    words = text.split(":")
+    if len(words) != 2 or not all(word.isascii() and word.isdecimal() and int(word) < _ID_END for word in words):
+        raise UsageError(f"not UID:GID (two numbers below {_ID_END}): {text}")
+    return int(words[0]), int(words[1])

@@ -97,7 +97,7 @@ async def _serve(args: DaemonArgs) -> bool:
             volume = await open_volume(config, store, keys, clock, os.urandom, read_only=args.read_only)
             session = FuseSession(
                 volume, source=args.cipher_dir, mountpoint=args.mountpoint, options=args.fuse_options,
-                read_only=args.read_only,
+                read_only=args.read_only, forced_owner=args.force_owner,
             )  # fmt: skip
             session.mount()
             gc.collect()

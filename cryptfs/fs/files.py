@@ -55,6 +55,9 @@ class Changes:
     mtime_ns: int | None = None
 
 
+_NOTHING = Changes()
+
+
 class Files:
     """Open files and attributes of one volume."""
 
@@ -78,6 +81,10 @@ class Files:
         if file is not None:
             return self._attr_open(inode, file)
         if inode.last_st is not None:
+            node = self.inodes.dir_nowait(inode) if inode.kind == Kind.DIR else None
+            if node is not None:
+                # Removed, and somebody has it open: its mode, owner and times can still be changed.
+                return Attr(inode, without_links(self.ctx.store.fstat(node.fd)), inode.last_st.st_size)
             header = HEADER_BYTES if inode.kind == Kind.FILE else 0
             return Attr(inode, inode.last_st, max(0, inode.last_st.st_size - header))
         if inode is self.inodes.root or inode.kind == Kind.DIR:
@@ -133,7 +140,8 @@ class Files:
         else:
             node, name = await self.inodes.where(inode)
             where = node.fd
-        if want.uid is not None or want.gid is not None:
+        if want.uid is not None or want.gid is not None or want == _NOTHING:
+            # chown(-1, -1) arrives as nothing at all and moves ctime, which the same call does below.
             self._chown(where, name, -1 if want.uid is None else want.uid, -1 if want.gid is None else want.gid)
         if want.mode is not None:
             self._chmod(where, name, stat.S_IMODE(want.mode))
@@ -168,6 +176,18 @@ class Files:
         if inode.file is not None:
             inode.file.state.mtime_ns = mtime_ns
             inode.file.state.mtime_stale = False
+
+    def drop_set_id(self, inode: Inode, file: FileNode) -> bool:
+        """Take set-user-id and set-group-id from an open file, as its being cut by an ordinary user does.
+
+        Whether there was anything to take: then the kernel has to be told.
+        """
+        mode = stat.S_IMODE(self.ctx.store.fstat(file.state.data_fd).st_mode)
+        if not mode & (stat.S_ISUID | stat.S_ISGID):
+            return False
+        self.ctx.store.fchmod(file.state.data_fd, mode & ~(stat.S_ISUID | stat.S_ISGID))
+        file.state.meta_unsynced = True
+        return True
 
     async def _set_size(self, inode: Inode, size: int) -> None:
         if inode.kind != Kind.FILE:
@@ -456,6 +476,16 @@ class Files:
                 log.error("directory inode %d: frame not written: %s", node.ino, error)
                 good = False
         return good
+
+
+_STAT_EXTRAS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blocks", "st_blksize", "st_rdev")
+
+
+def without_links(st: os.stat_result) -> os.stat_result:
+    """The same attributes with a link count of 0."""
+    fields = list(st)
+    fields[stat.ST_NLINK] = 0
+    return os.stat_result(fields, {name: getattr(st, name) for name in _STAT_EXTRAS})
 
 
 class _Place:

@@ -21,7 +21,7 @@ from cryptfs.format.dirlog import Entry
 from cryptfs.fs.context import FsContext, log, write_all
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
-from cryptfs.fs.files import Attr, Files, kind_of
+from cryptfs.fs.files import Attr, Files, kind_of, without_links
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.reaper import Reaper
 from cryptfs.fs.symlink import TARGET_MAX_BYTES, encode_target_text, write_target
@@ -606,7 +606,11 @@ class Namespace:
         if self._own.uid not in {0, owner.uid}:
             return
         if name:
+            mode = store.lstat(fd, name).st_mode
             store.chown(fd, name, owner.uid, gid)
+            if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(mode):
+                # chown(2) takes them; the kernel has left in `mode` what its caller may have.
+                store.chmod(fd, name, stat.S_IMODE(mode))
         else:
             mode = store.fstat(fd).st_mode
             store.fchown(fd, owner.uid, gid)
@@ -632,7 +636,7 @@ class Namespace:
     def _dir_gone(self, parent: Inode, below: bytes, inode: Inode, child: DirNode, st: os.stat_result) -> None:
         child.removed = True
         inode.drop_path(parent, below)
-        inode.last_st = _without_links(st)
+        inode.last_st = without_links(st)
         self.files.new_ids.discard(inode.log_id)
         self.files.moved_ids.discard(inode.log_id)
         self.inodes.release(inode)
@@ -670,18 +674,8 @@ class Namespace:
         elif entry.kind in (Kind.FILE, Kind.SYMLINK):
             self.reaper.add_id(entry.log_id)
         if inode is not None:
-            inode.last_st = _without_links(st)
+            inode.last_st = without_links(st)
             self.inodes.release(inode)
-
-
-_STAT_EXTRAS = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blocks", "st_blksize", "st_rdev")
-
-
-def _without_links(st: os.stat_result) -> os.stat_result:
-    """The same attributes with a link count of 0."""
-    fields = list(st)
-    fields[stat.ST_NLINK] = 0
-    return os.stat_result(fields, {name: getattr(st, name) for name in _STAT_EXTRAS})
 
 
 @contextmanager

@@ -5,6 +5,7 @@ One short method per request, in the kernel's words on one side, `fs`'s on the o
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -56,8 +57,11 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = True
     supports_dot_lookup = False
 
-    def __init__(self, volume: Volume) -> None:
+    def __init__(self, volume: Volume, forced: Owner | None = None) -> None:
+        """`forced`: who everything belongs to as far as programs can see; what they make is the daemon's own below."""
         super().__init__()
+        self._forced = forced
+        self._own = Owner(os.geteuid(), os.getegid())
         self._volume = volume
         self._inodes = volume.inodes
         self._names = volume.names
@@ -77,25 +81,30 @@ class Operations(pyfuse3.Operations):
             missing.st_ino = pyfuse3.InodeT(0)
             missing.entry_timeout = TIMEOUT_S
             return missing
-        return _counted(attr)
+        return self._counted(attr)
 
     @answered
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return _entry(await self._files.attr(self._inodes.get(inode)))
+        return self._entry(await self._files.attr(self._inodes.get(inode)))
 
     @answered
     async def setattr(
         self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None, ctx: RequestContext
     ) -> EntryAttributes:
+        uid, gid = attr.st_uid if fields.update_uid else None, attr.st_gid if fields.update_gid else None
+        if self._forced is not None:
+            if uid not in {None, self._forced.uid} or gid not in {None, self._forced.gid}:
+                raise pyfuse3.FUSEError(errno.EPERM)
+            uid = gid = None
         want = Changes(
             mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
+            uid=uid,
+            gid=gid,
             size=attr.st_size if fields.update_size else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return _entry(await self._files.setattr(self._inodes.get(inode), want))
+        return self._entry(await self._files.setattr(self._inodes.get(inode), want))
 
     @answered
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
@@ -122,26 +131,26 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self._inodes.get(parent_inode)
-        return _counted(await self._names.mknod(parent, name, mode, rdev, Owner(ctx.uid, ctx.gid)))
+        return self._counted(await self._names.mknod(parent, name, mode, rdev, self._owner(ctx)))
 
     @answered
     async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
         parent = self._inodes.get(parent_inode)
-        return _counted(await self._names.mkdir(parent, name, mode, Owner(ctx.uid, ctx.gid)))
+        return self._counted(await self._names.mkdir(parent, name, mode, self._owner(ctx)))
 
     @answered
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self._inodes.get(parent_inode)
-        return _counted(await self._names.symlink(parent, name, target, Owner(ctx.uid, ctx.gid)))
+        return self._counted(await self._names.symlink(parent, name, target, self._owner(ctx)))
 
     @answered
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self._inodes.get(new_parent_inode)
-        return _counted(await self._names.link(self._inodes.get(inode), parent, new_name))
+        return self._counted(await self._names.link(self._inodes.get(inode), parent, new_name))
 
     @answered
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
@@ -167,8 +176,8 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         parent = self._inodes.get(parent_inode)
-        attr, _ = await self._names.create(parent, name, mode, Owner(ctx.uid, ctx.gid))
-        return _file_info(attr.inode.ino), _counted(attr)
+        attr, _ = await self._names.create(parent, name, mode, self._owner(ctx))
+        return _file_info(attr.inode.ino), self._counted(attr)
 
     @answered
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
@@ -178,6 +187,8 @@ class Operations(pyfuse3.Operations):
             # The kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for): no setattr follows.
             try:
                 await file.truncate(0)
+                if ctx.uid != 0 and self._files.drop_set_id(known, file):
+                    pyfuse3.invalidate_inode(inode, attr_only=True)
             except BaseException:
                 await self._files.release(known)
                 raise
@@ -240,7 +251,7 @@ class Operations(pyfuse3.Operations):
                 if item is None:
                     continue
                 name, attr = item
-                full = full or not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), _listed(attr), at + _DOTS)
+                full = full or not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._listed(attr), at + _DOTS)
                 if not full:
                     answered_now += 1
                 if attr is not None:
@@ -253,7 +264,7 @@ class Operations(pyfuse3.Operations):
         """The entries every directory has; the kernel takes no reference for them. False if the answer is full."""
         attr = await self._files.attr(inode)
         for at, name in enumerate((b".", b".."), start=1):
-            if at > start_id and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), _entry(attr), at):
+            if at > start_id and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._entry(attr), at):
                 return False
         return True
 
@@ -265,47 +276,52 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         await self._files.sync_dirs(self._listings[fh].inode)
 
+    # as pyfuse3 wants it ----------------------------------------------------------------------------------------
 
-def _entry(attr: Attr) -> EntryAttributes:
-    """As pyfuse3 wants it."""
-    st = attr.st
-    out = EntryAttributes()
-    out.st_ino = pyfuse3.InodeT(attr.inode.ino)
-    out.generation = attr.inode.generation
-    out.entry_timeout = TIMEOUT_S
-    out.attr_timeout = TIMEOUT_S
-    out.st_mode = pyfuse3.ModeT(st.st_mode)
-    out.st_nlink = st.st_nlink
-    out.st_uid = st.st_uid
-    out.st_gid = st.st_gid
-    out.st_rdev = st.st_rdev
-    out.st_size = attr.size
-    out.st_blksize = _BLOCK_BYTES
-    out.st_blocks = st.st_blocks
-    out.st_atime_ns = st.st_atime_ns
-    out.st_mtime_ns = st.st_mtime_ns if attr.mtime_ns is None else attr.mtime_ns
-    out.st_ctime_ns = st.st_ctime_ns
-    return out
+    def _owner(self, ctx: RequestContext) -> Owner:
+        """Who a new object belongs to below."""
+        return Owner(ctx.uid, ctx.gid) if self._forced is None else self._own
 
+    def _entry(self, attr: Attr) -> EntryAttributes:
+        """As pyfuse3 wants it."""
+        st = attr.st
+        out = EntryAttributes()
+        out.st_ino = pyfuse3.InodeT(attr.inode.ino)
+        out.generation = attr.inode.generation
+        out.entry_timeout = TIMEOUT_S
+        out.attr_timeout = TIMEOUT_S
+        out.st_mode = pyfuse3.ModeT(st.st_mode)
+        out.st_nlink = st.st_nlink
+        forced = self._forced
+        out.st_uid = st.st_uid if forced is None else forced.uid
+        out.st_gid = st.st_gid if forced is None else forced.gid
+        out.st_rdev = st.st_rdev
+        out.st_size = attr.size
+        out.st_blksize = _BLOCK_BYTES
+        out.st_blocks = st.st_blocks
+        out.st_atime_ns = st.st_atime_ns
+        out.st_mtime_ns = st.st_mtime_ns if attr.mtime_ns is None else attr.mtime_ns
+        out.st_ctime_ns = st.st_ctime_ns
+        return out
 
-def _counted(attr: Attr) -> EntryAttributes:
-    """For an answer by which the kernel gains a reference to the inode."""
-    attr.inode.lookups += 1
-    return _entry(attr)
+    def _counted(self, attr: Attr) -> EntryAttributes:
+        """For an answer by which the kernel gains a reference to the inode."""
+        attr.inode.lookups += 1
+        return self._entry(attr)
 
+    def _listed(self, attr: Attr | None) -> EntryAttributes:
+        """For readdir; a damaged entry is listed without attributes, so that whoever asks for it is told EIO.
 
-def _listed(attr: Attr | None) -> EntryAttributes:
-    """For readdir; a damaged entry is listed without attributes, so that whoever asks for it is told EIO.
+        readdir(3) skips entries of number 0, and the kernel ignores (and forgets, which we ignore) attributes that say they
+        are the root's.
+        """
+        if attr is not None:
+            return self._entry(attr)
+        out = EntryAttributes()
+        out.st_ino = pyfuse3.ROOT_INODE
+        out.st_mode = pyfuse3.ModeT(0)
+        return out
 
-    readdir(3) skips entries of number 0, and the kernel ignores (and forgets, which we ignore) attributes that say they
-    are the root's.
-    """
-    if attr is not None:
-        return _entry(attr)
-    out = EntryAttributes()
-    out.st_ino = pyfuse3.ROOT_INODE
-    out.st_mode = pyfuse3.ModeT(0)
-    return out
 
 
 def _file_info(ino: int) -> FileInfo:

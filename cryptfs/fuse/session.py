@@ -12,6 +12,7 @@ import pyfuse3
 import trio
 
 from cryptfs.errors import MissingDependency, MountpointUnusable
+from cryptfs.fs.namespace import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse import loop
 from cryptfs.fuse.operations import Operations
@@ -28,9 +29,17 @@ class FuseSession:
     """`mount`, then `run` until it is unmounted from outside or by `stop`."""
 
     def __init__(
-        self, volume: Volume, *, source: Path, mountpoint: Path, options: frozenset[str], read_only: bool
+        self,
+        volume: Volume,
+        *,
+        source: Path,
+        mountpoint: Path,
+        options: frozenset[str],
+        read_only: bool,
+        forced_owner: tuple[int, int] | None = None,
     ) -> None:
         self._volume = volume
+        self._forced = None if forced_owner is None else Owner(*forced_owner)
         self._mountpoint = str(mountpoint)
         # A comma in fsname would start another option (libfuse's escaping is a backslash).
         name = str(source).replace("\\", "\\\\").replace(",", "\\,")
@@ -44,7 +53,7 @@ class FuseSession:
             raise MissingDependency("/dev/fuse is missing: the kernel's FUSE module is not loaded")
         loop.install()
         try:
-            pyfuse3.init(Operations(self._volume), self._mountpoint, self._options)
+            pyfuse3.init(Operations(self._volume, self._forced), self._mountpoint, self._options)
         except RuntimeError as error:
             raise MountpointUnusable(f"mounting on {self._mountpoint} failed ({error})") from None
 

@@ -1,0 +1,74 @@
+"""The same small operations on a mount and on the plain directory beside it: every answer is the same, or explained."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.box import Box, boxed
+from tests.posix.expected import EXPECTED
+from tests.posix.run import MODULES
+from tests.posix.probe import SCENARIOS
+
+pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("root")]
+
+LONG = frozenset({"rights", "set_id_bits", "sticky", "every_call_on_every_kind", "links_to_every_kind", "lengths"})
+"""Large products, thousands of lines each: `make torture`."""
+
+
+@pytest.fixture(scope="module")
+def served(template: Path, short_root: Path) -> Iterator[Box]:
+    """A mount that root runs for everybody, with an ordinary directory beside it."""
+    with boxed(short_root, template) as box:
+        box.mount("-o", "allow_other,suid,dev")
+        (box.root / "plain").mkdir()
+        yield box
+        assert "unexpectedly" not in box.log(), box.log()
+
+
+def lines_of(directory: Path, *names: str) -> list[str]:
+    """What the scenarios come to there."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.posix.run", str(directory), *names],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1800, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+def unexplained(box: Box, *names: str) -> list[str]:
+    """Pairs of lines that differ without a reason in `EXPECTED`."""
+    plain, ours = lines_of(box.root / "plain", *names), lines_of(box.clear, *names)
+    assert len(plain) == len(ours)
+    differ = [(a, b) for a, b in zip(plain, ours, strict=True) if a != b]
+    return [f"plain: {a}\nmount: {b}" for a, b in differ if not any(re.search(pattern, b) for pattern in EXPECTED)]
+
+
+def test_every_scenario_is_known() -> None:
+    assert len(SCENARIOS) > 30
+    assert {function.__module__ for function in SCENARIOS.values()} == {module.__name__ for module in MODULES}
+    assert set(SCENARIOS) >= LONG
+    names = {pattern.split(" / ")[0] for pattern in EXPECTED}
+    assert names <= set(SCENARIOS), "an explanation of a scenario that does not exist"
+
+
+def test_a_mount_answers_as_ext4_does(served: Box) -> None:
+    assert not unexplained(served, *(name for name in SCENARIOS if name not in LONG))
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_a_mount_answers_as_ext4_does_in_every_combination(served: Box, name: str) -> None:
+    assert not unexplained(served, name)
+
+
+def test_the_comparison_finds_what_differs(served: Box) -> None:
+    """Two different directories must not come out the same: a comparison that cannot fail shows nothing."""
+    plain = lines_of(served.root / "plain", "rare_calls")
+    ours = lines_of(served.clear, "rare_calls")
+    assert any(a != b for a, b in zip(plain, ours, strict=True))
