@@ -177,15 +177,17 @@ class Files:
             inode.file.state.mtime_ns = mtime_ns
             inode.file.state.mtime_stale = False
 
-    def drop_set_id(self, inode: Inode, file: FileNode) -> bool:
+    @staticmethod
+    def drop_set_id(file: FileNode) -> bool:
         """Take set-user-id and set-group-id from an open file, as its being cut by an ordinary user does.
 
         Whether there was anything to take: then the kernel has to be told.
         """
-        mode = stat.S_IMODE(self.ctx.store.fstat(file.state.data_fd).st_mode)
+        store = file.state.ctx.store
+        mode = stat.S_IMODE(store.fstat(file.state.data_fd).st_mode)
         if not mode & (stat.S_ISUID | stat.S_ISGID):
             return False
-        self.ctx.store.fchmod(file.state.data_fd, mode & ~(stat.S_ISUID | stat.S_ISGID))
+        store.fchmod(file.state.data_fd, mode & ~(stat.S_ISUID | stat.S_ISGID))
         file.state.meta_unsynced = True
         return True
 

@@ -187,7 +187,7 @@ class Operations(pyfuse3.Operations):
             # The kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for): no setattr follows.
             try:
                 await file.truncate(0)
-                if ctx.uid != 0 and self._files.drop_set_id(known, file):
+                if ctx.uid != 0 and self._files.drop_set_id(file):
                     pyfuse3.invalidate_inode(inode, attr_only=True)
             except BaseException:
                 await self._files.release(known)
@@ -312,8 +312,8 @@ class Operations(pyfuse3.Operations):
     def _listed(self, attr: Attr | None) -> EntryAttributes:
         """For readdir; a damaged entry is listed without attributes, so that whoever asks for it is told EIO.
 
-        readdir(3) skips entries of number 0, and the kernel ignores (and forgets, which we ignore) attributes that say they
-        are the root's.
+        readdir(3) skips entries of number 0, and the kernel ignores (and forgets, which we ignore) attributes that say
+        they are the root's.
         """
         if attr is not None:
             return self._entry(attr)
@@ -321,7 +321,6 @@ class Operations(pyfuse3.Operations):
         out.st_ino = pyfuse3.ROOT_INODE
         out.st_mode = pyfuse3.ModeT(0)
         return out
-
 
 
 def _file_info(ino: int) -> FileInfo:

@@ -69,16 +69,17 @@ def test_nobody_else_enters_by_default(mounted: Box) -> None:
     assert as_user(mounted.root, lambda: os.statvfs("clear")) == errno.EACCES
 
 
-def test_what_a_user_makes_is_the_users(everybodys: Box) -> None:
+def test_what_a_user_makes_is_the_users(box: Box) -> None:
+    box.mount("-o", "allow_other")
     users: list[tuple[int, tuple[int, ...]]] = [(ANN, ()), (BEN, (CLUB,)), (4_000_000_000, ()), (1, (0,))]
     for uid, groups in users:
-        path = everybodys.clear / str(uid)
+        path = box.clear / str(uid)
         path.mkdir()
         path.chmod(0o1777)
         assert as_user(path, make_all, uid, groups) == 0
-    everybodys.remount("-o", "allow_other")
+    box.remount("-o", "allow_other")
     for uid, _ in users:
-        path = everybodys.clear / str(uid)
+        path = box.clear / str(uid)
         for name in ("file", "dir", "fifo", "symlink", "socket", "link"):
             st = (path / name).lstat()
             assert (st.st_uid, st.st_gid) == (uid, uid), name
@@ -99,7 +100,7 @@ def test_supplementary_groups_count(everybodys: Box) -> None:
 
     assert as_user(everybodys.clear, write) == errno.EACCES
     assert as_user(everybodys.clear, write, groups=(CLUB,)) == 0
-    assert as_user(everybodys.clear, write, groups=tuple(range(1000, 1040)) + (CLUB,)) == 0
+    assert as_user(everybodys.clear, write, groups=(*range(1000, 1040), CLUB)) == 0
     os.chown(path, ANN, ANN)
     assert as_user(everybodys.clear, lambda: os.chown("clubs", -1, CLUB)) == errno.EPERM
     assert as_user(everybodys.clear, lambda: os.chown("clubs", -1, CLUB), groups=(CLUB,)) == 0
@@ -107,13 +108,14 @@ def test_supplementary_groups_count(everybodys: Box) -> None:
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_set_id_programs_and_devices_only_if_asked_for(everybodys: Box, asked: bool) -> None:
-    box = everybodys
-    box.remount("-o", "allow_other,suid,dev" if asked else "allow_other")
+def test_set_id_programs_and_devices_only_if_asked_for(box: Box, asked: bool) -> None:
+    box.mount("-o", "allow_other,suid,dev" if asked else "allow_other")
+    box.clear.chmod(0o755)
     program, null = box.clear / "id", box.clear / "null"
     program.write_bytes(Path("/usr/bin/id").read_bytes())
     program.chmod(0o4755)
     os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+
     def run() -> None:
         said = subprocess.run(["./id", "-u"], capture_output=True, check=True).stdout
         assert said == (b"0\n" if asked else b"65534\n"), said
@@ -124,8 +126,6 @@ def test_set_id_programs_and_devices_only_if_asked_for(everybodys: Box, asked: b
     else:
         with refused(errno.EACCES):
             null.write_bytes(b"gone")
-    program.unlink()
-    null.unlink()
 
 
 def test_a_file_that_is_cut_loses_its_set_id_bits(everybodys: Box) -> None:

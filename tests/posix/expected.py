@@ -24,4 +24,3 @@ EXPECTED: dict[str, str] = {
     r"moved_by_content / truncate to the same size: times of #0 ": LOCAL_TIME,
     r"times_set / get reg \((-214748364[89]|1503238553[56]|100000000000|-100000000000), ": LOCAL_TIME,
 }
-

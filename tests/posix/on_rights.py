@@ -1,4 +1,4 @@
-"""Who may do what: every user against every owner and mode; set-id bits; groups that are passed on; sticky directories."""
+"""Who may do what: every user against every owner and mode; set-id bits; groups passed on; sticky directories."""
 
 from __future__ import annotations
 
@@ -64,13 +64,11 @@ def rights(p: Probe) -> None:
         if mode not in {0o1777, 0o755, 0o777} and own is BEN:
             continue
         for verb, call in TRIED.items():
-            for user in (USERS if mode in {0o1777, 0o730} else (ANN, ANN_IN_BENS)):
+            for user in USERS if mode in {0o1777, 0o730} else (ANN, ANN_IN_BENS):
                 _one_right(p, f"d {mode:o} of {above.name}, file of {own.name}: {verb}", call, user, mode, above, own)
 
 
-def _one_right(
-    p: Probe, label: str, call: Callable[[], object], user: User, mode: int, above: User, own: User
-) -> None:
+def _one_right(p: Probe, label: str, call: Callable[[], object], user: User, mode: int, above: User, own: User) -> None:
     if not os.path.lexists("d"):
         os.mkdir("d")
     for name in ("d/new", "out"):
@@ -138,7 +136,7 @@ def set_id_bits(p: Probe) -> None:
         "link": lambda _: os.link("file", "more"),
         "rename": lambda _: os.rename("file", "more"),
         "append": lambda _: _append(),
-        "copy_file_range": lambda fd: _copy_range(fd),
+        "copy_file_range": _copy_range,
     }
     for (verb, call), mode, user in itertools.product(
         calls.items(), (0o6777, 0o4777, 0o2777, 0o2767, 0o2666, 0o4666, 0o7777), (ROOT, ANN, BEN, ANN_IN_BENS)

@@ -171,7 +171,8 @@ def times_set(p: Probe) -> None:
 def who_may_set_times(p: Probe) -> None:
     cases = {
         "both now": ((0, NOW), (0, NOW)), "both omitted": ((0, OMIT), (0, OMIT)), "both given": ((5, 0), (6, 0)),
-        "now and given": ((0, NOW), (6, 0)), "now and omitted": ((0, NOW), (0, OMIT)), "omitted and given": ((0, OMIT), (6, 0)),
+        "now and given": ((0, NOW), (6, 0)), "now and omitted": ((0, NOW), (0, OMIT)),
+        "omitted and given": ((0, OMIT), (6, 0)),
     }  # fmt: skip
     for mode in (0o644, 0o666, 0o600, 0o444, 0o000):
         for what, (atime, mtime) in cases.items():

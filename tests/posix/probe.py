@@ -1,7 +1,7 @@
 """Small operations and what they answered, written down so that two file systems can be compared line by line.
 
-A line is `scenario / what was done = what came of it`: an errno's name, a value, a state. Nothing in it depends on where
-or when it was done, so inode numbers, absolute times and the sizes of directories stay out.
+A line is `scenario / what was done = what came of it`: an errno's name, a value, a state. Nothing in it depends on
+where or when it was done, so inode numbers, absolute times and the sizes of directories stay out.
 """
 
 from __future__ import annotations

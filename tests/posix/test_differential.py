@@ -12,12 +12,23 @@ import pytest
 
 from tests.mount.box import Box, boxed
 from tests.posix.expected import EXPECTED
-from tests.posix.run import MODULES
 from tests.posix.probe import SCENARIOS
+from tests.posix.run import MODULES
 
 pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("root")]
 
-LONG = frozenset({"rights", "set_id_bits", "sticky", "every_call_on_every_kind", "links_to_every_kind", "lengths"})
+LONG = frozenset(
+    {
+        "rights",
+        "set_id_bits",
+        "sticky",
+        "every_call_on_every_kind",
+        "links_to_every_kind",
+        "lengths",
+        "open_flags",
+        "set_id_bits_of_others",
+    }
+)
 """Large products, thousands of lines each: `make torture`."""
 
 
