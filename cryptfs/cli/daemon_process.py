@@ -53,7 +53,7 @@ class MountOptions:
 
 def check(options: MountOptions) -> None:
     """That the daemon would take these options. Raises `UsageError`, before any key is brought in for nothing."""
-    from cryptfs.daemon.args import owner_of
+    from cryptfs.fs.owner import owner_of
     from cryptfs.keys.policy import MAX_AGE_DEFAULT_S, MAX_ENTRIES_DEFAULT, CachePolicy
 
     CachePolicy(options.max_age_s or MAX_AGE_DEFAULT_S, options.max_entries or MAX_ENTRIES_DEFAULT, options.max_uses)

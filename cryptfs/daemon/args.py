@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptfs.errors import UsageError
+from cryptfs.fs.owner import owner_of
 from cryptfs.keys.policy import MAX_AGE_DEFAULT_S, MAX_ENTRIES_DEFAULT, CachePolicy
 
 FUSE_OPTIONS = frozenset(
@@ -16,8 +17,6 @@ FUSE_OPTIONS = frozenset(
         "nodiratime", "noexec", "nosuid", "relatime", "suid", "sync",
     }
 )  # fmt: skip
-_ID_END = 2**32 - 1
-"""The largest 32-bit number means "leave it" to chown(2)."""
 _OURS = frozenset({"ro", "rw", "default_permissions"})
 
 
@@ -63,13 +62,3 @@ def parse(argv: Sequence[str]) -> DaemonArgs:
         given.read_only or "ro" in options, policy, frozenset(options & FUSE_OPTIONS),
         owner_of(given.force_owner),
     )  # fmt: skip
-
-
-def owner_of(text: str | None) -> tuple[int, int] | None:
-    """(uid, gid) from "UID:GID"; None if there is none. Raises `UsageError`."""
-    if text is None:
-        return None
-    words = text.split(":")
-    if len(words) != 2 or not all(word.isascii() and word.isdecimal() and int(word) < _ID_END for word in words):
-        raise UsageError(f"not UID:GID (two numbers below {_ID_END}): {text}")
-    return int(words[0]), int(words[1])

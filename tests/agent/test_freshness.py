@@ -65,7 +65,7 @@ def test_nobody_else_may_read_it(directory: str) -> None:
         assert stat.S_IMODE(os.stat(os.path.join(directory, name)).st_mode) == 0o600, name
     record.close()
     assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
-    os.chmod(directory, 0o750)  # noqa: S103 - what must be refused
+    os.chmod(directory, 0o750)
     with pytest.raises(FreshnessUnavailable, match="open to other users"):
         Record.open(directory, VOLUME_ID)
 

@@ -24,7 +24,7 @@ from cryptfs.fs import file, files, namespace
 def breaks(owner, name):
     real = getattr(owner, name)
     def wrapper(self, *words, **named):
-        if os.path.exists(ARMED):
+        if os.path.exists(ARMED + ("-lookup" if name == "lookup" else "")):
             key = b"SECRET-" + b"KEY-MATERIAL"
             raise ZeroDivisionError("a fault made on purpose")
         return real(self, *words, **named)
@@ -55,10 +55,8 @@ def test_a_fault_costs_one_request(box: Box, monkeypatch: pytest.MonkeyPatch) ->
         reader = os.open(here / "file", os.O_RDONLY)
         writer = os.open(here / "file", os.O_WRONLY)
         directory = os.open(here, os.O_RDONLY)
-        assert not (here / "new").exists()  # known to the kernel, so that mkdir and mknod are what is asked for
         armed.touch()
         calls: dict[str, Callable[[], object]] = {
-            "lookup": lambda: os.stat(here / "unknown"),
             "readdir": lambda: os.listdir(here),
             "mkdir": lambda: os.mkdir(here / "new"),
             "mknod": lambda: os.mkfifo(here / "new"),
@@ -73,6 +71,12 @@ def test_a_fault_costs_one_request(box: Box, monkeypatch: pytest.MonkeyPatch) ->
         for call in calls.values():
             with refused(errno.EIO):
                 call()
+        # By itself: the kernel looks a new name up before it asks for mkdir.
+        lookups = armed.with_name("armed-lookup")
+        lookups.touch()
+        with refused(errno.EIO):
+            os.stat(here / "unknown")
+        lookups.unlink()
         os.pwrite(writer, b"of the program's" * 256, 0)  # a whole page, which the kernel takes without reading
         with refused(errno.EIO):
             os.fsync(writer)
@@ -83,7 +87,7 @@ def test_a_fault_costs_one_request(box: Box, monkeypatch: pytest.MonkeyPatch) ->
         (here / "after").write_text("the mount goes on")
         assert os.stat(here / "file").st_size == 7000
         text = daemon.said()
-        for name in (*calls, "write"):
+        for name in (*calls, "lookup", "write"):
             assert text.count(f"{name} failed unexpectedly") >= 1, name
         assert "ZeroDivisionError: a fault made on purpose" in text
         # A traceback shows code and never values.
