@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptfs.errors import Damaged
+from cryptfs.format.log import SAYS_XATTRS
 from cryptfs.format.packing import check_canonical, pack, unpack_map, want_bytes, want_int, want_list
 from cryptfs.format.sidecar import Sealed, decode_sealed, encode_sealed
 from cryptfs.types import ID_BYTES, Kind
@@ -42,6 +43,11 @@ class DirPayload:
         if self.xattrs or self.xattrs_gone:
             out["x"] = encode_sealed(self.xattrs) if self.xattrs else None
         return pack(out)
+
+    @property
+    def flags(self) -> int:
+        """The head's flags."""
+        return SAYS_XATTRS if self.xattrs or self.xattrs_gone else 0
 
 
 def decode_dir(data: bytes | memoryview) -> DirPayload:

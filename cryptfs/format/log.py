@@ -17,12 +17,14 @@ PAYLOAD_MAX_BYTES = 1 << 30
 
 KIND_FILE, KIND_DIR, KIND_AUDIT = 1, 2, 3
 DELTA, SNAPSHOT, INDEX = 1, 2, 3
+SAYS_XATTRS = 1
+"""Flag of a head: the payload has a key `x`. So a lost payload costs the xattrs only if they were in it."""
 
 _HEADER_MAGIC = b"CFSLOG0\0"
 HEAD_MAGIC = b"CFF0"
 _FOOT_MAGIC = b"CFE0"
 _HEADER = struct.Struct(">8sB3xI16s40s72s16x")
-_SIGNED = struct.Struct(">4sB3xQQQQQI4x32s32s")
+_SIGNED = struct.Struct(">4sBB2xQQQQQI4x32s32s")
 _FOOT = struct.Struct(">I4s")
 _NO_NAMES = bytes(WRAPPED_NAMES_BYTES)
 
@@ -73,11 +75,12 @@ class Head:
     payload_sha256: bytes
     prev_mac: bytes
     mac: bytes = b""
+    flags: int = 0
 
     def signed(self) -> bytes:
         """The 120 bytes under the MAC."""
         return _SIGNED.pack(
-            HEAD_MAGIC, self.kind, self.generation, self.durable_up_to, self.size, self.first, self.end,
+            HEAD_MAGIC, self.kind, self.flags, self.generation, self.durable_up_to, self.size, self.first, self.end,
             self.payload_len, self.payload_sha256, self.prev_mac,
         )  # fmt: skip
 
@@ -91,10 +94,12 @@ def decode_head(data: bytes) -> Head:
     """From 152 bytes; raises `Damaged("frame-head")`. The MAC is the caller's to check."""
     if len(data) != HEAD_BYTES:
         raise Damaged("frame-head", f"{len(data)} bytes")
-    magic, kind, generation, durable, size, first, end, length, digest, prev = _SIGNED.unpack_from(data)
+    magic, kind, flags, generation, durable, size, first, end, length, digest, prev = _SIGNED.unpack_from(data)
+    if flags & ~SAYS_XATTRS:
+        raise Damaged("frame-head", "flags")
     if magic != HEAD_MAGIC or kind not in (DELTA, SNAPSHOT, INDEX) or length > PAYLOAD_MAX_BYTES or first > end:
         raise Damaged("frame-head", "magic, kind or length")
-    head = Head(kind, generation, durable, size, first, end, length, digest, prev, data[SIGNED_BYTES:])
+    head = Head(kind, generation, durable, size, first, end, length, digest, prev, data[SIGNED_BYTES:], flags)
     if head.signed() != data[:SIGNED_BYTES]:
         raise Damaged("frame-head", "not canonical")
     return head

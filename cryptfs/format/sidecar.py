@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptfs.errors import Damaged
+from cryptfs.format.log import SAYS_XATTRS
 from cryptfs.format.packing import check_canonical, pack, unpack_map, want_bytes, want_int, want_list
 from cryptfs.types import TAG_BYTES, WRAPPED_BYTES
 
@@ -66,6 +67,11 @@ class SidecarPayload:
         if self.target:
             out["t"] = encode_sealed(self.target)
         return pack(out)
+
+    @property
+    def flags(self) -> int:
+        """The head's flags."""
+        return SAYS_XATTRS if self.xattrs or self.xattrs_gone else 0
 
     def extent(self) -> tuple[int, int]:
         """(first block touched, one past the last), (0, 0) for none: the head's `first` and `end`."""

@@ -19,6 +19,7 @@ from cryptfs.crypto.siv import NameCipher
 from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.format.dirlog import DirPayload, Entry, decode_dir
 from cryptfs.format.log import DELTA, KIND_DIR, Head, LogHeader
+from cryptfs.format.sidecar import Sealed
 from cryptfs.fs.context import FsContext, open_log
 from cryptfs.fs.freshness import check
 from cryptfs.fs.locks import SharedLock
@@ -54,6 +55,8 @@ class DirNode:
         self.fd = fd
         self.header = header
         self.entries: dict[bytes, Entry] = {}
+        self.xattrs: Sealed | None = None
+        """The xattr set, sealed; None: there are none."""
         self.lock = SharedLock()
         self.pins = 0
         self.removed = False
@@ -125,6 +128,16 @@ class DirNode:
                 raise
             # Removing must work on a full disk: it is how one makes room. The frame follows when there is some.
             self._owe(payload)
+        self._hold(payload)
+
+    def set_xattrs(self, log_key: memoryview, xattrs: Sealed | None) -> None:
+        """Another xattr set, in a frame. Raises OSError; then nothing has changed. The caller holds the lock."""
+        if not self.writable:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        self._sweep()
+        self._flush(log_key)
+        payload = DirPayload(xattrs=xattrs, xattrs_gone=xattrs is None)
+        self._append(log_key, payload)
         self._hold(payload)
 
     def revert(self, log_key: memoryview, entries: Iterable[Entry] = (), gone: Iterable[bytes] = ()) -> None:
@@ -206,7 +219,8 @@ class DirNode:
         gone = {sealed for sealed in payload.gone if sealed in self.entries}
         come = sum(e.sealed in gone or e.sealed not in self.entries for e in payload.entries)
         size = len(self.entries) - len(gone) + come
-        self.log.append(self.ctx.store, log_key, Frame(generation, self.durable_gen, size, payload.encode()))
+        frame = Frame(generation, self.durable_gen, size, payload.encode(), flags=payload.flags)
+        self.log.append(self.ctx.store, log_key, frame)
         self.last_gen = generation
 
     def settled(self) -> None:
@@ -220,6 +234,8 @@ class DirNode:
             self.entries.pop(sealed, None)
         for entry in payload.entries:
             self.entries[entry.sealed] = entry
+        if payload.flags:
+            self.xattrs = payload.xattrs
 
     # durability ------------------------------------------------------------------------------------------------
 
@@ -270,6 +286,7 @@ class DirNode:
         `prepare` makes the targets of new symlinks durable: what a snapshot names is not new any more.
         """
         live = sum(len(e.sealed) + 24 for e in self.entries.values()) + _FRAME_BYTES
+        live += len(self.xattrs.sealed) if self.xattrs is not None else 0
         if self._log is None or self.log.end < _COMPACT_MIN_BYTES + 3 * live or self.removed or self.ctx.read_only:
             return
         self.pins += 1
@@ -285,8 +302,8 @@ class DirNode:
         async with self._syncing:
             await self.flush()
             generation = self.ctx.next_generation()
-            payload = DirPayload(tuple(self.entries.values()))
-            frame = Frame(generation, self.durable_gen, len(self.entries), payload.encode())
+            payload = DirPayload(tuple(self.entries.values()), xattrs=self.xattrs)
+            frame = Frame(generation, self.durable_gen, len(self.entries), payload.encode(), flags=payload.flags)
             key = bytearray((await self.keys()).log_key)
             before = self.ctx.store.fstat(self.fd)
             try:
@@ -318,8 +335,8 @@ class DirNode:
     # making and opening ----------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, ctx: FsContext, fd: int, kit: Kit) -> DirNode:
-        """Write a new, empty log into the directory behind `fd`. Synchronous: the kit's keys are good.
+    def create(cls, ctx: FsContext, fd: int, kit: Kit, xattrs: Sealed | None = None) -> DirNode:
+        """Write a new log without entries into the directory behind `fd`. Synchronous: the kit's keys are good.
 
         Raises OSError.
         """
@@ -327,7 +344,9 @@ class DirNode:
         header = LogHeader(KIND_DIR, kit.kek_version, kit.log_id, kit.log_wrapped, kit.names_wrapped)
         node = cls(ctx, 0, fd, header)
         generation = ctx.next_generation()
-        frame = Frame(generation, 0, 0, DirPayload().encode())
+        payload = DirPayload(xattrs=xattrs)
+        frame = Frame(generation, 0, 0, payload.encode(), flags=payload.flags)
+        node.xattrs = xattrs
         node._log = SealedLog.create(ctx.store, fd, DIR_LOG, header, kit.log_key, frame)
         node._doubts = ctx.doubts
         node.last_gen = generation
@@ -382,6 +401,8 @@ class DirNode:
         for head, payload in zip(heads[:keep], replayed.payloads[:keep], strict=True):
             assert payload is not None
             decoded = decode_dir(payload)
+            if decoded.flags != head.flags:
+                raise Damaged("payload", "xattrs that the head does not announce, or none that it does")
             if crashed:
                 self._bind(head, decoded, max(replayed.durable_up_to, floor))
             self._hold(decoded)

@@ -13,6 +13,7 @@ import trio
 
 from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.format.datafile import HEADER_BYTES
+from cryptfs.format.sidecar import Sealed
 from cryptfs.fs.context import FsContext, log, open_ours
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
@@ -191,6 +192,19 @@ class Files:
         file.state.meta_unsynced = True
         return True
 
+    async def touch(self, inode: Inode) -> None:
+        """Move its ctime and nothing else. Raises OSError."""
+        file = inode.file
+        if file is not None:
+            file.state.meta_unsynced = True
+            where, name = file.state.data_fd, b""
+        elif inode.kind == Kind.DIR:
+            where, name = (await self.inodes.dir(inode)).fd, b""
+        else:
+            node, name = await self.inodes.where(inode)
+            where = node.fd
+        self._set_times(inode, where, name, Changes())
+
     async def _set_size(self, inode: Inode, size: int) -> None:
         if inode.kind != Kind.FILE:
             code = errno.EISDIR if inode.kind == Kind.DIR else errno.EINVAL
@@ -257,11 +271,11 @@ class Files:
                 raise
             return open_ours(store, dir_fd, name, os.O_RDONLY), False
 
-    def created(self, inode: Inode, fd: int, kit: Kit) -> FileNode:
+    def created(self, inode: Inode, fd: int, kit: Kit, xattrs: Sealed | None = None) -> FileNode:
         """The node of a file that was made just now, opened once."""
         file = self._node(inode, fd, writable=True)
         file.use_stock(kit)
-        file.journal.begin(kit.kek_version, kit.log_wrapped)
+        file.journal.begin(kit.kek_version, kit.log_wrapped, xattrs)
         file.opens = 1
         return file
 
@@ -314,6 +328,7 @@ class Files:
         self.unsettled.discard(inode)
         if journal.loaded:
             inode.settled = True
+            inode.know_xattrs(journal.xattrs)
         inode.file = None
         self.inodes.open_ids.discard(inode.log_id)
         journal.close()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from cryptfs.blocks.extents import DURABLE, Extent, ExtentMap
 from cryptfs.errors import Damaged
-from cryptfs.format.log import SNAPSHOT
-from cryptfs.format.sidecar import Run, SidecarPayload, decode_sidecar
+from cryptfs.format.log import SAYS_XATTRS, SNAPSHOT
+from cryptfs.format.sidecar import Run, Sealed, SidecarPayload, decode_sidecar
 from cryptfs.fs.sealed_log import Replay
 
 POISON = 9
 """Home of blocks whose record is lost with a damaged frame: reading them is an error until they are written anew."""
+
+XATTRS_LOST = Sealed(0, 0, b"", b"")
+"""In place of an xattr set that was in a damaged frame: an error until the owner gives it up (`check --repair`)."""
 
 
 def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, int]:
@@ -30,6 +33,8 @@ def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, 
         size = head.size
         decoded = decoded_payload(replayed, i, block_size)
         if decoded is not None:
+            if decoded.flags != head.flags:
+                raise Damaged("payload", "xattrs that the head does not announce, or none that it does")
             for first, count in decoded.holes:
                 blocks.remove(first, first + count)
             for run in decoded.runs:
@@ -42,6 +47,18 @@ def build_map(replayed: Replay, keep: int, block_size: int) -> tuple[ExtentMap, 
             blocks.remove(head.first, head.end)
             blocks.insert(_poison(head.first, head.end, block_size, head.generation))
     return blocks, size
+
+
+def xattrs_after(replayed: Replay, keep: int, block_size: int) -> Sealed | None:
+    """The xattr set after the first `keep` frames, sealed; `XATTRS_LOST` if the frame that says it may be."""
+    xattrs: Sealed | None = XATTRS_LOST if replayed.gap else None
+    for i, head in enumerate(replayed.heads[:keep]):
+        if head.kind == SNAPSHOT:
+            xattrs = None
+        if head.flags & SAYS_XATTRS:
+            decoded = decoded_payload(replayed, i, block_size)
+            xattrs = XATTRS_LOST if decoded is None else decoded.xattrs
+    return xattrs
 
 
 def decoded_payload(replayed: Replay, frame: int, block_size: int) -> SidecarPayload | None:

@@ -14,9 +14,11 @@ from collections import OrderedDict
 import trio
 
 from cryptfs.errors import Damaged
+from cryptfs.format.sidecar import Sealed
 from cryptfs.fs.context import FsContext, log, open_ours
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
+from cryptfs.fs.history import XATTRS_LOST
 from cryptfs.fs.reconcile import reconcile
 from cryptfs.types import Kind
 
@@ -24,6 +26,7 @@ ROOT_INO = 1
 """FUSE's number for the root; no file system gives it to an entry of a directory in use."""
 
 _DIRS_MAX = 256
+_XATTRS_MAX_BYTES = 1024
 
 
 class Inode:
@@ -35,6 +38,7 @@ class Inode:
 
     __slots__ = (
         "children", "file", "generation", "ino", "kept_fd", "kind", "last_st", "log_id", "lookups", "paths", "settled",
+        "xattrs", "xattrs_known",
     )  # fmt: skip
 
     def __init__(self, ino: int, kind: Kind, log_id: bytes, generation: int) -> None:
@@ -49,6 +53,13 @@ class Inode:
         self.last_st: os.stat_result | None = None
         self.kept_fd = -1
         self.settled = False
+        self.xattrs: Sealed | None = None
+        self.xattrs_known = False
+
+    def know_xattrs(self, xattrs: Sealed | None) -> None:
+        """Remember the set, still sealed, so that asking for it again costs no disk access. Not a large one."""
+        self.xattrs_known = xattrs is not XATTRS_LOST and (xattrs is None or len(xattrs.sealed) <= _XATTRS_MAX_BYTES)
+        self.xattrs = xattrs if self.xattrs_known else None
 
     def place(self) -> tuple[Inode, bytes]:
         """(directory, name in `tree/`). Raises ESTALE if it has no name any more."""

@@ -23,10 +23,10 @@ from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.format.log import KIND_FILE, LogHeader
-from cryptfs.format.sidecar import SidecarPayload
+from cryptfs.format.sidecar import Sealed, SidecarPayload
 from cryptfs.fs.context import FsContext, log, open_ours, sidecar_name, twin_name
 from cryptfs.fs.freshness import check
-from cryptfs.fs.history import POISON, build_map
+from cryptfs.fs.history import POISON, XATTRS_LOST, build_map, xattrs_after
 from cryptfs.fs.log_gap import take_up
 from cryptfs.fs.recovery import recover, restart_newborn
 from cryptfs.fs.resync import write_again
@@ -68,7 +68,10 @@ class Journal:
         self.holes: list[tuple[int, int]] = []
         self.durable_gen = 0
         self.entry_durable = False
+        self.xattrs: Sealed | None = None
+        """The xattr set, sealed; None: there are none."""
         self._framed_size: int | None = None
+        self._framed_xattrs: Sealed | None = None
         self._owes_word = False
         """An fsync succeeded and no frame says so yet: without one, a crash could not be told from damage."""
         self._last_gen = 0
@@ -81,8 +84,9 @@ class Journal:
 
     # a file that was created just now --------------------------------------------------------------------------
 
-    def begin(self, kek_version: int, log_wrapped: bytes) -> None:
+    def begin(self, kek_version: int, log_wrapped: bytes, xattrs: Sealed | None = None) -> None:
         """A new, empty file: its sidecar appears with its first frame."""
+        self.xattrs, self._framed_xattrs = xattrs, None
         self.kek_version = kek_version
         self.log_wrapped = log_wrapped
         self._doubts = self.ctx.doubts
@@ -98,6 +102,7 @@ class Journal:
         if not self.loaded:
             return False
         changed = self._framed_size != self.state.size or bool(self.holes) or bool(self.state.blocks.fresh())
+        changed = changed or self.xattrs is not self._framed_xattrs
         return changed or (self.log is not None and self.log.torn)
 
     @property
@@ -133,9 +138,14 @@ class Journal:
         state, ctx = self.state, self.ctx
         ctx.sidecar_writes += 1
         fresh = state.blocks.fresh()
-        payload = SidecarPayload(tuple(e.run() for e in fresh), tuple(self.holes))
+        says, gone = self.xattrs is not self._framed_xattrs, self.xattrs is None
+        payload = SidecarPayload(
+            tuple(e.run() for e in fresh), tuple(self.holes), self.xattrs if says else None, says and gone
+        )
         generation = ctx.next_generation()
-        frame = Frame(generation, self.durable_gen, state.size, payload.encode(), payload.extent())
+        frame = Frame(
+            generation, self.durable_gen, state.size, payload.encode(), payload.extent(), payload.flags
+        )  # fmt: skip
         if self.log is None:
             header = LogHeader(KIND_FILE, self.kek_version, state.file_id, self.log_wrapped)
             where = ctx.sidecar_dir(state.file_id)
@@ -148,8 +158,22 @@ class Journal:
             extent.generation = generation
         self.holes.clear()
         self._framed_size = state.size
+        self._framed_xattrs = self.xattrs
         self._owes_word = False
         self._last_gen = generation
+
+    async def set_xattrs(self, xattrs: Sealed | None) -> None:
+        """Another xattr set, in a frame of its own at once. Not durable. The caller holds the file's lock alone.
+
+        Raises OSError, key errors; then it is as it was.
+        """
+        key = await self.log_key()
+        before, self.xattrs = self.xattrs, xattrs
+        try:
+            self._append(key)
+        except BaseException:
+            self.xattrs = before
+            raise
 
     # fsync -----------------------------------------------------------------------------------------------------
 
@@ -249,6 +273,10 @@ class Journal:
         if log is None or log.end < _COMPACT_MIN_BYTES + 2 * log.live_from:
             return False
         live = 56 * sum(e.end - e.first for e in blocks) + 32 * len(blocks)
+        if self.xattrs is not None:
+            live += len(self.xattrs.sealed)
+        if self.xattrs is XATTRS_LOST:
+            return False
         return log.end >= _COMPACT_MIN_BYTES + 2 * live and all(e.home != POISON for e in blocks)
 
     async def compact(self) -> None:
@@ -277,9 +305,11 @@ class Journal:
     async def _rewrite(self) -> None:
         state, ctx = self.state, self.ctx
         assert self.log is not None
-        payload = SidecarPayload(tuple(e.run() for e in state.blocks))
+        payload = SidecarPayload(tuple(e.run() for e in state.blocks), xattrs=self.xattrs)
         generation = ctx.next_generation()
-        frame = Frame(generation, self.durable_gen, state.size, payload.encode(), payload.extent())
+        frame = Frame(
+            generation, self.durable_gen, state.size, payload.encode(), payload.extent(), payload.flags
+        )  # fmt: skip
         where = ctx.sidecar_dir(state.file_id)
         # The key is copied for the thread, which may outlive its time in the cache by one disk write.
         key = bytearray(await self.log_key())
@@ -397,6 +427,7 @@ class Journal:
         ctx, state = self.ctx, self.state
         state.blocks = blocks
         state.size = self._framed_size = size
+        self.xattrs = self._framed_xattrs = xattrs_after(replayed, keep, ctx.config.block_size)
         self.log = SealedLog.resume(fd, replayed, keep)
         # What an earlier incarnation of this opening made and appended may still be unsynced.
         self.log.unsynced = True

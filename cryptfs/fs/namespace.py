@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import DataHeader
 from cryptfs.format.dirlog import Entry
+from cryptfs.fs.attr_log import make_attr_log
 from cryptfs.fs.context import FsContext, log, write_all
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
@@ -25,6 +26,7 @@ from cryptfs.fs.files import Attr, Files, kind_of, without_links
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.reaper import Reaper
 from cryptfs.fs.symlink import TARGET_MAX_BYTES, encode_target_text, write_target
+from cryptfs.fs.xattr import inherited, seal_set
 from cryptfs.names import NAME_MAX_BYTES, is_long, tree_name
 from cryptfs.types import ID_BYTES, Kind
 
@@ -154,6 +156,10 @@ class Namespace:
         node = await self._changing(parent)
         try:
             kit = ctx.keys.take_kit() or await ctx.keys.make_kit(directory=False)
+            xattrs = None
+            if node.xattrs is not None:
+                mode, values = await inherited(ctx, node.dir_id, node.xattrs, mode, directory=False)
+                xattrs = await seal_set(ctx, kit.log_id, values)
             header = ctx.sign_header(await ctx.volume_key(), DataHeader(kit.log_id, ctx.next_generation()))
             keys = await node.keys()
             sealed = self._free_name(node, keys.names.seal(name))
@@ -175,7 +181,7 @@ class Namespace:
             inode = self.inodes.meet(st.st_ino, Kind.FILE, kit.log_id, parent, below)
             inode.last_st = None
             inode.settled = True
-            return Attr(inode, st, 0), self.files.created(inode, fd, kit)
+            return Attr(inode, st, 0), self.files.created(inode, fd, kit, xattrs)
         finally:
             self._changed(node)
 
@@ -186,12 +192,16 @@ class Namespace:
         node = await self._changing(parent)
         try:
             kit = await ctx.keys.make_kit(directory=True)
+            xattrs = None
+            if node.xattrs is not None:
+                mode, values = await inherited(ctx, node.dir_id, node.xattrs, mode, directory=True)
+                xattrs = await seal_set(ctx, kit.log_id, values)
             tmp, built = ctx.dir_fd(b"tmp"), kit.log_id.hex().encode()
             store.mkdir(tmp, built)
             fd, made = -1, None
             try:
                 fd = store.open(tmp, built, os.O_RDONLY | os.O_DIRECTORY)
-                made = DirNode.create(ctx, fd, kit)
+                made = DirNode.create(ctx, fd, kit, xattrs)
                 self._give_to(node, fd, b"", owner)
                 keys = await node.keys()
                 sealed = self._free_name(node, keys.names.seal(name))
@@ -273,10 +283,20 @@ class Namespace:
         rdev = rdev if kind in (Kind.CHAR, Kind.BLOCK) else 0
         node = await self._changing(parent)
         try:
-            return await self._make(
-                parent, node, name, kind, self.ctx.random(ID_BYTES), rdev, owner,
-                lambda n: self.ctx.store.mknod(node.fd, n, mode, rdev),
-            )  # fmt: skip
+            log_id = self.ctx.random(ID_BYTES)
+            if node.xattrs is not None:
+                mode, values = await inherited(self.ctx, node.dir_id, node.xattrs, mode, directory=False)
+                self._free_name(node, (await node.keys()).names.seal(name))
+                if values:
+                    await make_attr_log(self.ctx, log_id, await seal_set(self.ctx, log_id, values))
+            try:
+                return await self._make(
+                    parent, node, name, kind, log_id, rdev, owner,
+                    lambda n: self.ctx.store.mknod(node.fd, n, mode, rdev),
+                )  # fmt: skip
+            except BaseException:
+                self.reaper.add_id(log_id)
+                raise
         finally:
             self._changed(node)
 
@@ -671,7 +691,7 @@ class Namespace:
                 file.journal.close()
                 file.state.close()
                 self.reaper.add_id(entry.log_id)
-        elif entry.kind in (Kind.FILE, Kind.SYMLINK):
+        elif entry.kind != Kind.DIR:
             self.reaper.add_id(entry.log_id)
         if inode is not None:
             inode.last_st = without_links(st)

@@ -117,6 +117,7 @@ class Frame:
     size: int
     payload: bytes
     extent: tuple[int, int] = (0, 0)
+    flags: int = 0
 
 
 class SealedLog:
@@ -219,7 +220,7 @@ class SealedLog:
     def _frame(self, mac_key: Buffer, kind: int, frame: Frame) -> tuple[bytes, bytes]:
         payload = frame.payload
         head = Head(kind, frame.generation, frame.durable_up_to, frame.size, *frame.extent, len(payload),
-                    sha256(payload), self.prev_mac)  # fmt: skip
+                    sha256(payload), self.prev_mac, flags=frame.flags)  # fmt: skip
         signed = head.signed()
         return signed + mac(mac_key, self.header.log_id, signed), encode_foot(head.frame_bytes)
 

@@ -7,16 +7,15 @@ synced, which syncs the sidecar too).
 from __future__ import annotations
 
 import base64
-import os
 import struct
 
 from cryptfs.crypto.aead import ATTR_TARGET, open_attr, seal_attr
 from cryptfs.errors import Damaged
 from cryptfs.format.log import KIND_FILE, LogHeader
-from cryptfs.format.sidecar import Sealed, SidecarPayload, decode_sidecar
-from cryptfs.fs.context import FsContext, open_ours, sidecar_name
-from cryptfs.fs.freshness import check
-from cryptfs.fs.sealed_log import Frame, SealedLog, authenticate, parse, read_log
+from cryptfs.format.sidecar import Sealed, SidecarPayload
+from cryptfs.fs.attr_log import read_attr_log
+from cryptfs.fs.context import FsContext, sidecar_name
+from cryptfs.fs.sealed_log import Frame, SealedLog
 from cryptfs.ports import KeyRun, Kit
 from cryptfs.types import Purpose
 
@@ -62,30 +61,9 @@ async def write_target(ctx: FsContext, kit: Kit, target: bytes) -> None:
 async def read_target(ctx: FsContext, log_id: bytes) -> bytes:
     """A symlink's target. Raises `Damaged`, OSError, key errors."""
     try:
-        fd = open_ours(ctx.store, ctx.sidecar_dir(log_id), sidecar_name(log_id), os.O_RDONLY)
+        target = (await read_attr_log(ctx, log_id)).target
     except FileNotFoundError:
         raise Damaged("missing-sidecar") from None
-    try:
-        raw = read_log(ctx.store, fd)
-    finally:
-        ctx.store.close(fd)
-    parsed = parse(raw)
-    header = parsed.header
-    if header.kind != KIND_FILE or header.log_id != log_id:
-        raise Damaged("id-mismatch", "the sidecar is another one's")
-    log_key = (await ctx.keys.unwrap([KeyRun(log_id, Purpose.LOG_FILE, header.kek_version, (header.log_wrapped,))]))[0][
-        0
-    ]
-    floor = ctx.freshness.floor(log_id)
-    replayed = authenticate(parsed, log_key)
-    if not replayed.heads or (replayed.tail and not ctx.crashed_since(replayed.heads[-1].generation)):
-        raise Damaged("frame", "the sidecar is damaged")
-    check(replayed.heads[-1].generation, floor)
-    target: Sealed | None = None
-    for payload in replayed.payloads:
-        if payload is None:
-            raise Damaged("frame", "the sidecar is damaged")
-        target = decode_sidecar(payload, ctx.config.block_size).target or target
     if target is None:
         raise Damaged("symlink", "no target")
     key = (await ctx.keys.unwrap([KeyRun(log_id, Purpose.ATTR, target.kek_version, (target.wrapped,))]))[0][0]

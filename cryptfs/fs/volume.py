@@ -13,6 +13,7 @@ from cryptfs.fs.files import Files
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.namespace import Namespace
 from cryptfs.fs.reaper import Reaper, remove_tree
+from cryptfs.fs.xattr import Xattrs
 from cryptfs.ports import Clock, DekProvider, Random, Store
 
 
@@ -25,6 +26,7 @@ class Volume:
         self.reaper = Reaper(ctx)
         self.files = Files(ctx, self.inodes, self.reaper)
         self.names = Namespace(ctx, self.inodes, self.files, self.reaper)
+        self.xattrs = Xattrs(ctx, self.inodes, self.files)
         self._background = trio.CancelScope()
         self._idle: trio.Event | None = None
         self._flushing = trio.Lock()

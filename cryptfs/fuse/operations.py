@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ReaddirToken,
         RequestContext,
         SetattrFields,
+        XAttrNameT,
     )
 
 TIMEOUT_S = 3600
@@ -38,6 +39,22 @@ TIMEOUT_S = 3600
 _BLOCK_BYTES = 4096
 _DOTS = 2
 """Positions in a listing before its first entry: "." and ".."."""
+
+
+_CAPABILITY = b"security.capability"
+
+
+class _Groups:
+    """Whether the caller of a request is in a group, or root: who sets an ACL keeps the setgid bit only then."""
+
+    __slots__ = ("_ctx",)
+
+    def __init__(self, ctx: RequestContext) -> None:
+        self._ctx = ctx
+
+    def __call__(self, gid: int) -> bool:
+        ctx = self._ctx
+        return ctx.uid == 0 or gid == ctx.gid or gid in pyfuse3.get_sup_groups(ctx.pid)
 
 
 class _Listing:
@@ -55,6 +72,7 @@ class Operations(pyfuse3.Operations):
     """One mounted volume."""
 
     enable_writeback_cache = True
+    enable_acl = True
     supports_dot_lookup = False
 
     def __init__(self, volume: Volume, forced: Owner | None = None) -> None:
@@ -66,6 +84,7 @@ class Operations(pyfuse3.Operations):
         self._inodes = volume.inodes
         self._names = volume.names
         self._files = volume.files
+        self._xattrs = volume.xattrs
         self._listings: dict[int, _Listing] = {}
         self._last_listing = 0
 
@@ -123,6 +142,31 @@ class Operations(pyfuse3.Operations):
             setattr(out, name, getattr(below, name))
         out.f_namemax = 255
         return out
+
+    # extended attributes ---------------------------------------------------------------------------------------
+
+    @answered
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
+        # XATTR_CREATE and XATTR_REPLACE: pyfuse3 asks `getxattr` first. The kernel holds the inode's lock meanwhile.
+        await self._xattrs.set(self._inodes.get(inode), name, value, _Groups(ctx))
+
+    @answered
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        known = self._inodes.get(inode)
+        if name == _CAPABILITY and self._xattrs.surely_none(known):
+            # The kernel asks before every write(2).
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return await self._xattrs.get(known, name)
+
+    @answered
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        # What the kernel's own filesystems show to whoever has CAP_SYS_ADMIN.
+        names = await self._xattrs.names(self._inodes.get(inode), trusted=ctx.uid == 0)
+        return [pyfuse3.XAttrNameT(name) for name in names]
+
+    @answered
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        await self._xattrs.remove(self._inodes.get(inode), name)
 
     # names -----------------------------------------------------------------------------------------------------
 
