@@ -41,6 +41,8 @@ NONCE = bytes(12)
 FILE, DIR, SYMLINK, FIFO, SOCKET, CHAR, BLOCK = range(1, 8)
 TYPES = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 DELTA, SNAPSHOT = 1, 2
+LOST: list[Any] = []
+"""In place of xattrs whose frame is damaged."""
 T = TypeVar("T")
 
 
@@ -202,6 +204,7 @@ class Frame:
     kind: int
     generation: int
     durable_up_to: int
+    flags: int
     size: int
     first: int
     end: int
@@ -235,18 +238,19 @@ def read_frame(raw: bytes, at: int, log_key: bytes, log_id: bytes) -> Frame:
     check(len(raw) >= at + 160 and raw[at : at + 4] == b"CFF0", "no frame")
     mac = raw[at + 120 : at + 152]
     check(same(mac, hmac.digest(log_key, log_id + raw[at : at + 120], "sha256")), "frame's MAC")
-    kind, zero3, generation, durable_up_to, size, first, end, length, zero4 = struct.unpack_from(
-        ">B3sQQQQQII", raw, at + 4
+    kind, flags, zero2, generation, durable_up_to, size, first, end, length, zero4 = struct.unpack_from(
+        ">BB2sQQQQQII", raw, at + 4
     )
-    check(kind in {DELTA, SNAPSHOT} and not any(zero3) and zero4 == 0, "frame's fields")
+    check(kind in {DELTA, SNAPSHOT} and flags in {0, 1} and not any(zero2) and zero4 == 0, "frame's fields")
     check(durable_up_to <= generation, "frame's generation")
     body = raw[at + 152 : at + 152 + length]
     payload = None
     if len(body) == length and hashlib.sha256(body).digest() == raw[at + 56 : at + 88]:
         payload = unpack(body)
         check(isinstance(payload, dict), "payload is no map")
+        check(("x" in payload) == bool(flags), "xattrs and the frame's flags")
     previous = raw[at + 88 : at + 120]
-    return Frame(kind, generation, durable_up_to, size, first, end, mac, previous, payload, 160 + length)
+    return Frame(kind, generation, durable_up_to, flags, size, first, end, mac, previous, payload, 160 + length)
 
 
 def read_log(raw: bytes, kind: int, log_id: bytes, keys: Keys, unclean: Unclean) -> Log | None:
@@ -328,6 +332,7 @@ def attribute(kind: bytes, value: list[Any] | None, log_id: bytes, keys: Keys) -
     """A symlink's target or the packed xattrs behind an `x` or `t` of a payload (§8)."""
     if value is None:
         return None
+    check(value is not LOST, "the frame with the xattrs is damaged")
     generation, version, wrapped, sealed = value
     key = keys.unwrap("attr", log_id, version, wrapped)
     aad = b"CFATTR0\0" + kind + keys.volume_id + log_id + struct.pack(">Q", generation)
@@ -342,7 +347,7 @@ def attribute(kind: bytes, value: list[Any] | None, log_id: bytes, keys: Keys) -
 
 @dataclass(frozen=True)
 class Entry:
-    """What a name stands for. The id of a special file is nowhere else, so it is left out here."""
+    """What a name stands for. Nothing in `tree/` says a special file's id, so it is left out here."""
 
     kind: int
     id: bytes
@@ -356,6 +361,7 @@ class Directory:
     log: Log
     entries: dict[bytes, Entry]
     said: dict[bytes, set[Entry]]
+    special: dict[bytes, bytes]
     xattrs: Any
     touched_by_crash: bool
 
@@ -367,6 +373,7 @@ def read_directory(raw: bytes, dir_id: bytes, keys: Keys, unclean: Unclean) -> D
         return None
     entries: dict[bytes, Entry] = {}
     said: dict[bytes, set[Entry]] = {}
+    special: dict[bytes, bytes] = {}
     xattrs: Any = None
     for frame in log.frames:
         payload = need(frame.payload, ".dir payload")
@@ -383,6 +390,8 @@ def read_directory(raw: bytes, dir_id: bytes, keys: Keys, unclean: Unclean) -> D
             check(len(entry_id) == 16 and (kind >= CHAR or rdev == 0), "entry's id")
             if name in entries:
                 said.setdefault(name, set()).add(entries[name])
+            if kind > SYMLINK:
+                special[name] = entry_id
             entries[name] = Entry(kind, entry_id if kind <= SYMLINK else NO_ID, rdev)
         if "x" in payload:
             xattrs = payload["x"]
@@ -390,7 +399,7 @@ def read_directory(raw: bytes, dir_id: bytes, keys: Keys, unclean: Unclean) -> D
         check(frame.first == frame.end == 0, "block range of a directory")
         if frame.generation <= log.durable_up_to or not unclean.has(frame.generation):
             said.clear()  # the tree has had all this for certain
-    return Directory(log, entries, said, xattrs, unclean.since(log.last))
+    return Directory(log, entries, said, special, xattrs, unclean.since(log.last))
 
 
 def tree_name(sealed: bytes) -> bytes:
@@ -466,6 +475,8 @@ def replay(frames: list[Frame], block_size: int, *, gap: bool = False) -> State:
         shrinks, state.size = frame.size < state.size, frame.size
         if frame.payload is None:
             check(frame.kind == DELTA, "snapshot's payload")
+            if frame.flags:
+                state.xattrs = LOST
             state.records.update(dict.fromkeys(range(frame.first, frame.end)))
         else:
             apply_payload(state, frame, frame.payload, block_size)
@@ -576,7 +587,7 @@ class Volume:
                     continue
                 found = self.identify(tree_fd, hidden)
                 if self.exists(directory, sealed, found):
-                    self.extract(tree_fd, hidden, found, dest_fd, name, shown)
+                    self.extract(tree_fd, hidden, found, dest_fd, name, shown, directory.special.get(sealed, NO_ID))
             except Damaged as error:
                 self.report(shown, error)
 
@@ -634,7 +645,9 @@ class Volume:
             check(new or found.entry in directory.said.get(sealed, ()), "older than the crash and never here")
         return True
 
-    def extract(self, tree_fd: int, hidden: bytes, found: Found, dest_fd: int, name: bytes, path: bytes) -> None:
+    def extract(
+        self, tree_fd: int, hidden: bytes, found: Found, dest_fd: int, name: bytes, path: bytes, special_id: bytes
+    ) -> None:
         """Write one entry with its attributes, a directory with all below it."""
         info, entry_id = found.info, found.entry.id if found.entry else NO_ID
         inode = (info.st_dev, info.st_ino)
@@ -656,8 +669,12 @@ class Volume:
             xattrs, note = state.xattrs, b" -> " + target
             if not self.listing:
                 os.symlink(target, name, dir_fd=dest_fd)
-        elif found.kind > SYMLINK and not self.listing:
-            os.mknod(name, info.st_mode, info.st_rdev, dir_fd=dest_fd)
+        elif found.kind > SYMLINK:
+            entry_id, special_log = special_id, self.log_of(special_id)
+            if special_log:
+                xattrs = replay(special_log.frames, self.keys.block_size).xattrs
+            if not self.listing:
+                os.mknod(name, info.st_mode, info.st_rdev, dir_fd=dest_fd)
         if self.listing:
             print(stat.filemode(info.st_mode), os.fsdecode(path + note))
         if found.directory:

@@ -1,4 +1,4 @@
-"""The sidecar of what has no blocks: a symlink (its target, and xattrs), or a special file (xattrs, if it ever had any).
+"""The sidecar of what has no blocks: a symlink (target, and xattrs), or a special file (xattrs, if it ever had any).
 
 Nobody has such a thing open, and fsync does not reach it: so a change of its xattrs is synced before it counts. A
 crash before that leaves the log as it was, perhaps with a torn frame after its end, which is dropped; or, for a special

@@ -15,7 +15,7 @@ Entry = dict[str, str | int]
 
 
 def describe(top: Path) -> dict[str, Entry]:
-    """Every entry below `top`, by its percent-encoded path: type and mode, times, content, target, links.
+    """Every entry below `top`, by its percent-encoded path: type and mode, times, content, target, links, xattrs.
 
     Owners are left out (they are the caller's), as are inode numbers and access times.
     """
@@ -44,6 +44,9 @@ def describe(top: Path) -> dict[str, Entry]:
                 entry["links"] = info.st_nlink
                 first_name[inode] = min(shown, first_name.get(inode, shown))
                 entry["inode"] = inode[1]
+            for attribute in sorted(os.listxattr(full, follow_symlinks=False)):
+                value = os.getxattr(full, attribute, follow_symlinks=False)
+                entry[f"xattr {quote_from_bytes(os.fsencode(attribute))}"] = quote_from_bytes(value)
             out[shown] = entry
     names = {ino: name for (_, ino), name in first_name.items()}
     for entry in out.values():

@@ -3,7 +3,7 @@
 
     PYTHONPATH=. .venv/bin/python tests/volumes/make_v0.py
 
-Needs /dev/fuse. The volume is made by the commands a person uses; its passphrase is that of `tests.mount.box`. It is an
+Needs /dev/fuse and root (for `trusted.` attributes). The volume is made by the commands a person uses; its passphrase is that of `tests.mount.box`. It is an
 archive because a version control system keeps no hard links, holes, fifos, times or empty directories. To be run
 again only when the format changes, with the change named in FORMAT.md.
 """
@@ -75,6 +75,14 @@ def fill(top: Path) -> None:
     (top / "removed").write_text("gone")
     os.unlink(top / "removed")
     os.chmod(top / "one-block", 0o444)
+
+    for path in (top / "several", top / "empty", top / "sub"):
+        os.setxattr(path, "user.note", os.fsencode(path.name))
+    os.setxattr(top / "several", "user.gone", b"gone")
+    os.removexattr(top / "several", "user.gone")
+    os.setxattr(top / "several", "user.empty", b"")
+    for name in ("symlink", "fifo", "sub/deeper", "holes"):
+        os.setxattr(top / name, "trusted.mark", name.encode(), follow_symlinks=False)
 
     for n, path in enumerate(sorted(top.rglob("*"), reverse=True)):
         os.utime(path, ns=(THEN_S * 10**9, THEN_S * 10**9 + n), follow_symlinks=False)
