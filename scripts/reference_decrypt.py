@@ -645,7 +645,7 @@ class Volume:
             check(new or found.entry in directory.said.get(sealed, ()), "older than the crash and never here")
         return True
 
-    def extract(
+    def extract(  # noqa: C901
         self, tree_fd: int, hidden: bytes, found: Found, dest_fd: int, name: bytes, path: bytes, special_id: bytes
     ) -> None:
         """Write one entry with its attributes, a directory with all below it."""

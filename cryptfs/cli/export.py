@@ -53,6 +53,9 @@ def export(
         ui.warning(f"{os.fsdecode(loss.path)}: {loss.reason}: {what}")
     for left in out.left_out:
         ui.warning(f"{os.fsdecode(left)}: only root may make such a file; left out")
+    for where, names in out.xattrs_left_out:
+        shown = ", ".join(name.decode("utf-8", "backslashreplace") for name in names)
+        ui.warning(f"{os.fsdecode(where)}: extended attributes that could not be set: {shown}")
     if out.losses:
         ui.error(f"{len(out.losses)} entries were damaged")
     return Damaged.exit_code if out.losses else 0

@@ -17,7 +17,9 @@ import trio
 
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES
+from cryptfs.fs.attr_log import find_attr_log
 from cryptfs.fs.symlink import decode_target_text, read_target
+from cryptfs.fs.xattr import open_set
 from cryptfs.names import tree_name
 from cryptfs.ops.check_dirs import Absent, Look, Placed, Seen, Stray, join, look, survey, walk_down
 from cryptfs.ops.check_files import DirRef, FileJob, check_files
@@ -248,8 +250,11 @@ class Check:
         if entry.kind is Kind.SYMLINK:
             self.tally.symlinks += 1
             await self._check_symlink(level.ref, path, spot, placed)
+            await self._check_xattrs(path, spot, placed)
         elif entry.kind is not Kind.FILE:
             self.tally.others += 1
+            if not again:
+                await self._check_xattrs(path, spot, placed)
         elif not again:
             job = FileJob(level.ref.keep(), path, spot, entry.log_id, seen.st.st_ino, seen.proof)
             self._batch.append(job)
@@ -317,6 +322,20 @@ class Check:
             reason = error.reason if isinstance(error, Damaged) else (error.strerror or "unreadable")
             ino = placed.seen.st.st_ino
             self.add(Finding(Severity.DAMAGE, What.SYMLINK, path, reason, str(error), log_id, ino, [], spot))
+
+    async def _check_xattrs(self, path: bytes, spot: Spot, placed: Placed) -> None:
+        """Of a symlink or special file."""
+        log_id = placed.entry.log_id
+        try:
+            found = await find_attr_log(self.ctx, log_id)
+            if found is not None:
+                await open_set(self.ctx, log_id, found.xattrs)
+        except (Damaged, OSError) as error:
+            if placed.entry.kind is Kind.SYMLINK or self.live:
+                return  # A symlink whose sidecar is damaged was reported as a whole; what is mounted may be changing.
+            reason = error.reason if isinstance(error, Damaged) else (error.strerror or "unreadable")
+            ino = placed.seen.st.st_ino
+            self.add(Finding(Severity.DAMAGE, What.XATTRS, path, reason, str(error), log_id, ino, [], spot))
 
     # at the end ------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,12 @@ from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
 from cryptfs.format.dirlog import Entry
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.format.log import decode_header
+from cryptfs.format.sidecar import Sealed
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.reconcile import KIND_OF_MODE, reconcile
 from cryptfs.fs.symlink import decode_target_text
+from cryptfs.fs.xattr import open_set
 from cryptfs.names import DIR_LOG, DIR_LOG_NEW, sealed_from_tree, tree_name
 from cryptfs.ops.check_report import Finding, Severity, Spot, What
 from cryptfs.ops.offline import open_for_reading
@@ -90,6 +92,8 @@ class Look:
     others: list[Finding] = field(default_factory=list)
     ids: set[bytes] = field(default_factory=set)
     """Every id that the log names."""
+    xattrs: Sealed | None = None
+    """The directory's own."""
 
     def findings(self) -> list[Finding]:
         """All of them."""
@@ -200,7 +204,17 @@ async def look(ctx: FsContext, fd: int, dir_id: bytes, path: bytes, above: tuple
             await reconcile(node)
         seen = await ctx.in_thread(survey, ctx.store, fd)
         names = (await node.keys()).names
-        return _compare(node, names, seen, path, above)
+        out = _compare(node, names, seen, path, above)
+        out.xattrs = node.xattrs
+        try:
+            await open_set(ctx, dir_id, node.xattrs)
+        except Damaged as error:
+            spot = Spot(above[:-1], above[-1]) if above else Spot()
+            ino = node.ino
+            out.others.append(
+                Finding(Severity.DAMAGE, What.XATTRS, path, error.reason, str(error), dir_id, ino, [], spot)
+            )
+        return out
     finally:
         node.close_log()
 

@@ -19,6 +19,7 @@ from cryptfs.fs.history import POISON
 from cryptfs.fs.journal import Journal
 from cryptfs.fs.sealed_log import Replay, parse, read_log
 from cryptfs.fs.state import FileState
+from cryptfs.fs.xattr import open_set
 from cryptfs.ops.blocks import KEYS_AT_ONCE, Bad, BlockReader
 from cryptfs.ops.check_report import Finding, Severity, Spot, Tally, What
 from cryptfs.ops.offline import open_for_reading
@@ -206,6 +207,10 @@ async def _load(ctx: FsContext, job: FileJob, file: OpenFile) -> bool:
         job.find(What.UNREADABLE, error.strerror or "unreadable")
         return False
     job.size = file.state.size
+    try:
+        await open_set(ctx, job.file_id, file.journal.xattrs)
+    except Damaged as error:
+        job.find(What.XATTRS, error.reason, str(error))
     return True
 
 

@@ -38,6 +38,8 @@ class What(enum.StrEnum):
     """A file as a whole: header, sidecar, size."""
     BLOCKS = "blocks"
     """Blocks of a file that cannot be read."""
+    XATTRS = "xattrs"
+    """A file's, directory's or special file's extended attributes; the rest of it is not concerned."""
     SYMLINK = "symlink"
     LINKS = "links"
     """The link count differs from the number of names."""

@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from cryptfs.errors import Damaged
+from cryptfs.fs.attr_log import make_attr_log
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.namespace import RENAME_NOREPLACE, Owner
 from cryptfs.fs.symlink import encode_target_text, read_target
 from cryptfs.fs.volume import Volume
-from cryptfs.names import DIR_LOG
+from cryptfs.names import DIR_LOG, tree_name
 from cryptfs.ops.blocks import BlockReader
 from cryptfs.ops.check import Check
 from cryptfs.ops.check_dirs import Absent, Seen, Stray, opened_name, survey
@@ -143,6 +144,8 @@ class Rescue:
                 continue
             if finding.what in (What.FILE, What.BLOCKS):
                 await _tried(finding, self._file, check, finding)
+            elif finding.what is What.XATTRS:
+                await _tried(finding, self._xattrs, finding)
             elif finding.what is What.SYMLINK:
                 await _tried(finding, self._symlink, check, finding)
             elif finding.what is What.DUPLICATE:
@@ -194,6 +197,29 @@ class Rescue:
             finding.action = "its readable blocks were salvaged"
             finding.action += ", some of them perhaps in an older version" if out.older else ""
             finding.moved_to = shown
+
+    async def _xattrs(self, finding: Finding) -> None:
+        """Give them up: nobody can read them, and until then nobody can set any."""
+        assert finding.spot is not None
+        ctx, spot = self.ctx, finding.spot
+        if spot.name:
+            parent = await inode_of(self.volume, spot.above)
+            node = await self.volume.inodes.dir(parent)
+            kind = next(e.kind for e in node.entries.values() if tree_name(e.sealed) == spot.name)
+            inode = self.volume.inodes.meet(ctx.store.lstat(node.fd, spot.name).st_ino, kind, finding.log_id, parent,
+                                            spot.name)  # fmt: skip
+        else:
+            inode = self.volume.root
+        if inode.kind is not Kind.DIR:
+            self.quarantine.keep_sidecar_aside(finding.log_id)
+        if inode.kind in (Kind.FILE, Kind.DIR):
+            inode.lookups += 1
+            await self.volume.xattrs.give(inode, {})
+            self.volume.inodes.forget(inode.ino, 1)
+        else:
+            # A new log with a newer generation: the record would take a missing one for a deletion.
+            await make_attr_log(ctx, finding.log_id, None)
+        finding.action = "they cannot be read; removed"
 
     async def _symlink(self, check: Check, finding: Finding) -> None:
         assert finding.spot is not None

@@ -1,6 +1,7 @@
 """`cryptfs export`: copy a file or a subtree out of a volume, without FUSE.
 
-Modes, times, symlinks, hard links and holes are kept, owners if root runs it. Nothing that exists is overwritten:
+Modes, times, symlinks, hard links, holes and extended attributes are kept, owners if root runs it; what the destination
+or this user may not have of the attributes is named. Nothing that exists is overwritten:
 everything is made with O_EXCL. A file appears under its name when it is begun and goes again if it cannot be finished.
 """
 
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from cryptfs.errors import Damaged, UsageError
+from cryptfs.format.sidecar import Sealed
+from cryptfs.fs.attr_log import find_attr_log
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.symlink import read_target
+from cryptfs.fs.xattr import open_set
 from cryptfs.names import tree_name
 from cryptfs.ops.blocks import BlockReader
 from cryptfs.ops.check_dirs import Look, Placed, join, look
@@ -44,10 +48,14 @@ class Loss:
 
 @dataclass(slots=True)
 class Exported:
-    """The outcome. `left_out`: special files that this user may not make."""
+    """The outcome. `left_out`: special files that this user may not make.
+
+    `xattrs_left_out`: (path, names) of extended attributes that could not be set on the copy.
+    """
 
     losses: list[Loss] = field(default_factory=list)
     left_out: list[bytes] = field(default_factory=list)
+    xattrs_left_out: list[tuple[bytes, list[bytes]]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -59,6 +67,7 @@ class _Level:
     dest: bytes
     st: os.stat_result
     todo: list[Placed]
+    xattrs: dict[bytes, bytes]
 
 
 async def export_tree(
@@ -151,7 +160,7 @@ class _Export:
                 if not level.todo:
                     levels.pop()
                     self.ctx.store.close(level.fd)
-                    self._dress(level.dest, level.st)
+                    self._dress(level.path, level.dest, level.st, level.xattrs)
                     continue
                 placed = level.todo.pop()
                 here, there = join(level.path, placed.name), level.dest + b"/" + placed.name
@@ -178,7 +187,7 @@ class _Export:
         except BaseException:
             self.ctx.store.close(fd)
             raise
-        levels.append(_Level(fd, path, dest, st, []))
+        levels.append(_Level(fd, path, dest, st, [], await self._xattrs(path, dir_id, found.xattrs)))
         for absent in found.absent:
             self._lose(absent.path, absent.finding.reason, None)
         # Writable while it is filled; its own mode comes last.
@@ -199,7 +208,7 @@ class _Export:
         elif entry.kind is Kind.SYMLINK:
             made = await self._symlink(placed, path, dest)
         else:
-            made = self._special(st, path, dest)
+            made = await self._special(placed, path, dest)
         if made and st.st_nlink > 1:
             self._copies[st.st_ino] = dest
 
@@ -225,6 +234,7 @@ class _Export:
         st = ctx.store.fstat(data_fd)
         with opened(ctx, st.st_ino, file_id, data_fd) as file:
             await file.journal.load()
+            xattrs = await self._xattrs(path, file_id, file.journal.xattrs)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             out = _make(lambda: os.open(dest, flags, 0o600), dest)
             assert out is not None
@@ -251,7 +261,7 @@ class _Export:
             if bad.ranges:
                 lost = bad.lost_bytes(ctx.config.block_size, file.state.size)
                 self.out.losses.append(Loss(path, ", ".join(bad.reasons), tuple(lost)))
-        self._dress(dest, st)
+        self._dress(path, dest, st, xattrs)
 
     async def _symlink(self, placed: Placed, path: bytes, dest: bytes) -> bool:
         try:
@@ -261,23 +271,57 @@ class _Export:
             return False
         _make(lambda: os.symlink(target, dest), dest)
         self._tally.symlinks += 1
-        self._dress(dest, placed.seen.st)
+        self._dress(path, dest, placed.seen.st, await self._other_xattrs(path, placed))
         return True
 
-    def _special(self, st: os.stat_result, path: bytes, dest: bytes) -> bool:
+    async def _special(self, placed: Placed, path: bytes, dest: bytes) -> bool:
+        st = placed.seen.st
         try:
             _make(lambda: os.mknod(dest, st.st_mode, st.st_rdev), dest)
         except PermissionError:
             self.out.left_out.append(path)
             return False
         self._tally.others += 1
-        self._dress(dest, st)
+        self._dress(path, dest, st, await self._other_xattrs(path, placed))
         return True
 
-    def _dress(self, dest: bytes, st: os.stat_result) -> None:
-        """Owner, mode and times of a copy."""
+    async def _xattrs(self, path: bytes, log_id: bytes, sealed: Sealed | None) -> dict[bytes, bytes]:
+        """Those of a copy. Raises `Damaged` if they are, unless that is to be passed over."""
+        try:
+            return await open_set(self.ctx, log_id, sealed)
+        except Damaged as error:
+            self._lose_xattrs(path, error)
+            return {}
+
+    async def _other_xattrs(self, path: bytes, placed: Placed) -> dict[bytes, bytes]:
+        log_id = placed.entry.log_id
+        try:
+            found = await find_attr_log(self.ctx, log_id)
+            return await open_set(self.ctx, log_id, found.xattrs) if found is not None else {}
+        except Damaged as error:
+            self._lose_xattrs(path, error)
+            return {}
+
+    def _lose_xattrs(self, path: bytes, error: Damaged) -> None:
+        if not self._skip:
+            raise error
+        self.out.losses.append(Loss(path, f"its extended attributes: {error.reason}"))
+
+    def _dress(self, path: bytes, dest: bytes, st: os.stat_result, xattrs: dict[bytes, bytes]) -> None:
+        """Owner, xattrs, mode and times of a copy, in the order that keeps each: a change of owner takes capabilities.
+
+        An ACL's mask is the mode's, which comes after it.
+        """
         if self._is_root:
             os.chown(dest, st.st_uid, st.st_gid, follow_symlinks=False)
+        refused = []
+        for name, value in xattrs.items():
+            try:
+                os.setxattr(dest, name, value, follow_symlinks=False)
+            except OSError:
+                refused.append(name)
+        if refused:
+            self.out.xattrs_left_out.append((path, refused))
         if not stat.S_ISLNK(st.st_mode):
             os.chmod(dest, stat.S_IMODE(st.st_mode))
         os.utime(dest, ns=(st.st_atime_ns, st.st_mtime_ns), follow_symlinks=False)

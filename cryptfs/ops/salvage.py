@@ -17,15 +17,16 @@ from cryptfs.blocks.extents import DURABLE, Extent, ExtentMap
 from cryptfs.crypto.mac import mac, same, sha256
 from cryptfs.errors import Damaged
 from cryptfs.format.log import FOOT_BYTES, HEAD_BYTES, HEADER_BYTES, KIND_FILE, SNAPSHOT, Head, decode_head
-from cryptfs.format.sidecar import decode_sidecar
+from cryptfs.format.sidecar import Sealed, decode_sidecar
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
 from cryptfs.fs.files import Changes
-from cryptfs.fs.history import POISON, build_map
+from cryptfs.fs.history import POISON, build_map, xattrs_after
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.namespace import Owner
 from cryptfs.fs.sealed_log import authenticate, parse, read_log
 from cryptfs.fs.state import FileState
 from cryptfs.fs.volume import Volume
+from cryptfs.fs.xattr import open_set
 from cryptfs.ops.blocks import BlockReader
 from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose
@@ -43,6 +44,7 @@ class Records:
     blocks: ExtentMap
     size: int
     complete: bool
+    xattrs: Sealed | None = None
 
 
 @dataclass(slots=True)
@@ -88,7 +90,8 @@ async def read_records(ctx: FsContext, file_id: bytes) -> Records:
             replayed = authenticate(parsed, log_key)
             if replayed.heads and not replayed.tail:
                 blocks, size = build_map(replayed, len(replayed.heads), ctx.config.block_size)
-                return Records(blocks, size, complete=all(e.home != POISON for e in blocks))
+                xattrs = xattrs_after(replayed, len(replayed.heads), ctx.config.block_size)
+                return Records(blocks, size, all(e.home != POISON for e in blocks), xattrs)
     except Damaged:
         pass
     try:
@@ -124,13 +127,16 @@ def _surviving_frames(raw: bytes, file_id: bytes, log_key: bytearray | None) -> 
 def _records_of(ctx: FsContext, frames: list[tuple[Head, bytes]]) -> Records:
     block_size = ctx.config.block_size
     blocks, size = ExtentMap(block_size), 0
+    xattrs: Sealed | None = None
     for head, payload in frames:
         try:
             decoded = decode_sidecar(payload, block_size)
         except Damaged:
             continue
         if head.kind == SNAPSHOT:
-            blocks = ExtentMap(block_size)
+            blocks, xattrs = ExtentMap(block_size), None
+        if decoded.flags:
+            xattrs = decoded.xattrs
         size = head.size
         last = -(-size // block_size)
         end = max((extent.end for extent in blocks), default=0)
@@ -146,7 +152,7 @@ def _records_of(ctx: FsContext, frames: list[tuple[Head, bytes]]) -> Records:
                     DURABLE, head.generation,
                 )
             )  # fmt: skip
-    return Records(blocks, size, complete=False)
+    return Records(blocks, size, complete=False, xattrs=xattrs)
 
 
 async def salvage(volume: Volume, source: Source, place: Place, records: Records | None = None) -> Salvaged:
@@ -169,7 +175,12 @@ async def salvage(volume: Volume, source: Source, place: Place, records: Records
         exact = records.complete and not bad.ranges
         if exact and target.inode is None:
             await target.make()
-        await target.finish(records.size)
+        try:
+            xattrs = await open_set(ctx, source.file_id, records.xattrs)
+        except Damaged as error:
+            bad.reasons.append(f"{error.reason} (extended attributes)")
+            xattrs, exact = {}, False
+        await target.finish(records.size, xattrs)
     except BaseException:
         await target.undo()
         raise
@@ -209,13 +220,15 @@ class _Target:
         assert self.inode.file is not None
         await self.inode.file.write(offset, data)
 
-    async def finish(self, size: int) -> None:
+    async def finish(self, size: int, xattrs: dict[bytes, bytes]) -> None:
         if self.inode is None:
             return
         file = self.inode.file
         assert file is not None
         if file.size < size:
             await file.truncate(size)
+        if xattrs:
+            await self.volume.xattrs.give(self.inode, xattrs)
         await file.journal.fsync()
         if self.st is not None:
             times = Changes(atime_ns=self.st.st_atime_ns, mtime_ns=self.st.st_mtime_ns)

@@ -3,9 +3,9 @@
 
     PYTHONPATH=. .venv/bin/python tests/volumes/make_v0.py
 
-Needs /dev/fuse and root (for `trusted.` attributes). The volume is made by the commands a person uses; its passphrase is that of `tests.mount.box`. It is an
-archive because a version control system keeps no hard links, holes, fifos, times or empty directories. To be run
-again only when the format changes, with the change named in FORMAT.md.
+Needs /dev/fuse and root (for `trusted.` attributes). The volume is made by the commands a person uses; its passphrase
+is that of `tests.mount.box`. It is an archive because a version control system keeps no hard links, holes, fifos,
+times or empty directories. To be run again only when the format changes, with the change named in FORMAT.md.
 """
 
 from __future__ import annotations
