@@ -13,7 +13,7 @@ from cryptfs.store.memory import MemoryStore
 from cryptfs.types import Kind
 from tests.fs.tree import Tree
 
-NAME, LIMIT = b"trusted.t", 12
+NAME, LIMIT = b"trusted.t", 3
 PATHS = (b"file", b"dir", b"symlink", b"fifo")
 WRITES = {"pwrite", "pwritev", "ftruncate", "fsync", "fdatasync", "syncfs", "open", "rename", "unlink", "futimens"}
 
@@ -68,13 +68,12 @@ async def test_the_old_set_or_the_new_one(order: Order, path: bytes) -> None:
         tree.store.before_call = None
     for store, allowed in survivors:
         after = Tree(store, tree.sample, await tree.sample.open(store))
-        for _ in range(2):
-            assert await value_of(after, path) in allowed
-            assert await after.read(b"file") == b"content"
-            assert await after.readlink(b"symlink") == b"target"
-            await after.volume.xattrs.set(await after.inode(path), NAME, b"afterwards")
-            allowed = [b"afterwards"]
-            await after.remount()
+        assert await value_of(after, path) in allowed
+        assert await after.read(b"file") == b"content"
+        assert await after.readlink(b"symlink") == b"target"
+        await after.volume.xattrs.set(await after.inode(path), NAME, b"afterwards")
+        await after.remount()
+        assert await value_of(after, path) == b"afterwards"
         await after.finish()
         states += 1
     assert states > 20
