@@ -150,13 +150,17 @@ class Operations(pyfuse3.Operations):
         # XATTR_CREATE and XATTR_REPLACE: pyfuse3 asks `getxattr` first. The kernel holds the inode's lock meanwhile.
         await self._xattrs.set(self._inodes.get(inode), name, value, _Groups(ctx))
 
-    @answered
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        known = self._inodes.get(inode)
-        if name == _CAPABILITY and self._xattrs.surely_none(known):
-            # The kernel asks before every write(2).
-            raise pyfuse3.FUSEError(errno.ENODATA)
-        return await self._xattrs.get(known, name)
+        if name == _CAPABILITY:
+            # The kernel asks before every write(2): no more than this, if there are none.
+            known = self._inodes.find(inode)
+            if known is not None and self._xattrs.surely_none(known):
+                raise pyfuse3.FUSEError(errno.ENODATA)
+        return await self._getxattr(inode, name)
+
+    @answered
+    async def _getxattr(self, inode: InodeT, name: XAttrNameT) -> bytes:
+        return await self._xattrs.get(self._inodes.get(inode), name)
 
     @answered
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
