@@ -16,7 +16,8 @@ from cryptfs.format.log import HEADER_BYTES, KIND_FILE, LogHeader
 from cryptfs.format.sidecar import Sealed, SidecarPayload, decode_sidecar
 from cryptfs.fs.context import FsContext, open_ours, sidecar_name
 from cryptfs.fs.freshness import check
-from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log, vouched_in_tail
+from cryptfs.fs.log_gap import acknowledged_in_tail
+from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
 from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose, epoch_of
 
@@ -71,7 +72,9 @@ def _kept(ctx: FsContext, replayed: Replay, log_key: memoryview, floor: int) -> 
         raise Damaged("frame", "the sidecar is damaged")
     last = heads[keep - 1].generation
     if keep < len(heads) or replayed.tail:
-        durable = max(replayed.durable_up_to, vouched_in_tail(replayed, log_key) if replayed.tail else 0)
+        settled = (head.generation for head in heads if ctx.is_settled(head.generation))
+        in_tail = acknowledged_in_tail(replayed, log_key, ctx.is_settled) if replayed.tail else 0
+        durable = max(replayed.durable_up_to, in_tail, *settled, 0)
         if not ctx.crashed_since(last) or durable > last:
             raise Damaged("frame", "the sidecar is damaged")
     check(last, floor)
