@@ -93,12 +93,13 @@ def test_rsync_there_and_back(mounted: Box, short_tmp: Path) -> None:
     os.utime(source / "d" / "3", ns=(1, -86_400_000_000_001))
     (source / "d" / "4").chmod(0o4711)
     (source / "d" / "e").chmod(0o2750)
+    os.setxattr(source / "d" / "5", "user.colour", b"blue")
     there = mounted.clear / "there"
-    run("rsync", "--modify-window=-1", "-aHS", f"{source}/", there, cwd=short_tmp)
+    run("rsync", "--modify-window=-1", "-aHAXS", f"{source}/", there, cwd=short_tmp)
     mounted.remount()
-    assert not run("rsync", "--modify-window=-1", "-aHScni", "--delete", f"{source}/", there, cwd=short_tmp)
-    run("rsync", "--modify-window=-1", "-aHS", f"{there}/", back, cwd=short_tmp)
-    assert not run("rsync", "--modify-window=-1", "-aHScni", "--delete", f"{source}/", back, cwd=short_tmp)
+    assert not run("rsync", "--modify-window=-1", "-aHAXScni", "--delete", f"{source}/", there, cwd=short_tmp)
+    run("rsync", "--modify-window=-1", "-aHAXS", f"{there}/", back, cwd=short_tmp)
+    assert not run("rsync", "--modify-window=-1", "-aHAXScni", "--delete", f"{source}/", back, cwd=short_tmp)
     assert snapshot(back) == snapshot(source)
     with (source / "d" / "39").open("r+b") as file:
         file.write(b"changed")
@@ -106,7 +107,7 @@ def test_rsync_there_and_back(mounted: Box, short_tmp: Path) -> None:
     run(
         "rsync",
         "--modify-window=-1",
-        "-aHS",
+        "-aHAXS",
         "--inplace",
         "--no-whole-file",
         "--delete",
