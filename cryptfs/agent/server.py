@@ -19,6 +19,7 @@ import trio
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.listen import listening
+from cryptfs.agent.locking import DEADLINE_S
 from cryptfs.agent.peers import credentials, describe, exe_of
 from cryptfs.agent.service import Service
 from cryptfs.agent.unlocking import Providers
@@ -68,6 +69,7 @@ class Server:
         exit_when_empty: bool = False,
         startup_grace_s: float = STARTUP_GRACE_S,
         empty_grace_s: float = EMPTY_GRACE_S,
+        lock_deadline_s: float = DEADLINE_S,
     ) -> None:
         """`state_dir` (absolute) is where what must outlive the agent is kept; made when first needed.
 
@@ -83,6 +85,7 @@ class Server:
             exit_when_empty=exit_when_empty,
             hardening=(around or Around()).hardening,
             changed=self._on_change,
+            lock_deadline_s=lock_deadline_s,
         )
         self._exe_of = (around or Around()).exe_of
         self._exit_when_empty = exit_when_empty
@@ -107,6 +110,7 @@ class Server:
                     nursery.start_soon(self._accept, listener)
                     nursery.start_soon(self._close_records)
                     nursery.start_soon(self.audit.serve)
+                    nursery.start_soon(self._service.locks.serve)
                     if self._exit_when_empty:
                         nursery.start_soon(self._wait_empty)
                     task_status.started()
@@ -119,13 +123,23 @@ class Server:
                 self.audit.close()
 
     async def stop_on_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """End the server at SIGTERM, SIGINT or SIGHUP."""
+        """End the server at SIGTERM, SIGINT or SIGHUP, once every volume is locked; at the second one at once."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            task_status.started()
-            async for number in signals:
-                log.info("%s: ending", signal.Signals(number).name)
-                self._service.stopping.set()
-                return
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                ending = False
+                async for number in signals:
+                    log.info("%s: ending", signal.Signals(number).name)
+                    if ending:
+                        break
+                    ending = True
+                    nursery.start_soon(self._lock_and_stop)
+                nursery.cancel_scope.cancel()
+        self._service.stopping.set()
+
+    async def _lock_and_stop(self) -> None:
+        await self._service.locks.lock_all("the agent ends")
+        self._service.stopping.set()
 
     def _on_change(self) -> None:
         self._changed.set()

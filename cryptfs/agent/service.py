@@ -20,6 +20,7 @@ from cryptfs.agent.attempts import Attempts
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.keyring import Keyring
+from cryptfs.agent.locking import DEADLINE_S, TIME_MAX_S, Locks, Terms
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
 from cryptfs.agent.unlocking import NewVolume, Providers, Unlocked, create_volume, unlock_volume
 from cryptfs.crypto.secret import Secret
@@ -73,6 +74,7 @@ class Service:
     def __init__(
         self, *, providers: Providers, records: Records, audit: Auditor, random: Random, clock: Clock,
         exit_when_empty: bool, hardening: Mapping[str, str], changed: Callable[[], None],
+        lock_deadline_s: float = DEADLINE_S,
     ) -> None:  # fmt: skip
         """`changed` is called after the set of unlocked volumes may have changed."""
         self._providers = providers
@@ -89,6 +91,7 @@ class Service:
         self._attached: dict[bytes, Attachment] = {}
         self._cipher_dirs: dict[bytes, bytes] = {}
         self._kept: set[bytes] = set()
+        self.locks = Locks(self._keyring, self._attached, self._forget, clock, lock_deadline_s)
         self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
         self._started_s = clock.time_ns() // 1_000_000_000
         self.stopping = trio.Event()
@@ -96,19 +99,20 @@ class Service:
             "unwrap": self._unwrap,
             "generate": self._generate,
             "kits": self._kits,
-            "lock": self._lock,
             "keep": self._keep,
             "status": self._status,
             "about": self._about,
-            "stop": self._stop,
         }
         self._of_peer: Mapping[str, Callable[[Peer, Args], dict[str, Any]]] = {
             "hello": self._hello,
             "detach": self._detach,
+            "locked": self._locked,
         }
         self._slow: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "create": self._create,
             "unlock": self._unlock,
+            "lock": self._lock,
+            "stop": self._stop,
             "attach": self._attach,
             "unwrap": self._unwrap_first,
             "audit": audit.verb_audit,
@@ -131,6 +135,8 @@ class Service:
     def answer(self, peer: Peer, request: Request) -> bytes:
         """The encoded answer to a request; never raises for anything a request may hold."""
         try:
+            if self.locks and not self.locks.serves(request.args.get("volume_id"), peer):
+                self._refuse_while_locking(request)
             verb = self._inline.get(request.verb)
             if verb is not None:
                 result = verb(request.args)
@@ -206,18 +212,20 @@ class Service:
             args, lambda secret: create_volume(new, secret, self._providers, self._random)
         )
         await self._on_record(peer, "create", unlocked, {})
-        self._hold(unlocked, b"")
+        self._hold(unlocked, b"", Terms())
         return {"volume": unlocked.data}
 
     async def _unlock(self, peer: Peer, args: Args) -> dict[str, Any]:
-        arg.expect(args, "volume", "cipher_dir", "secret")
+        arg.expect(args, "volume", "cipher_dir", "secret", "for_s", "idle_s")
+        terms = Terms(_time(args, "for_s"), _time(args, "idle_s"))
         data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
         cipher_dir = arg.get_path(args, "cipher_dir")
         async with self._attempts.next(parse_volume(data).volume_id) as failures:
             unlocked = await self._with_secret(args, lambda secret: unlock_volume(data, secret, self._providers))
         said: dict[str, str | int | bool] = {"cipher-dir": os.fsdecode(cipher_dir), "failures-before": failures}
+        said |= {name: s for name, s in (("for-s", terms.for_s), ("idle-s", terms.idle_s)) if s is not None}
         await self._on_record(peer, "unlock", unlocked, said)
-        self._hold(unlocked, cipher_dir)
+        self._hold(unlocked, cipher_dir, terms)
         return {"volume_id": unlocked.volume.volume_id, "kek_version": unlocked.volume.kek_version}
 
     async def _with_secret(self, args: Args, work: Callable[[Secret], Unlocked]) -> Unlocked:
@@ -231,35 +239,57 @@ class Service:
         return await trio.to_thread.run_sync(in_thread, abandon_on_cancel=True, limiter=self._kdf_limit)
 
     async def _on_record(self, peer: Peer, verb: str, unlocked: Unlocked, said: Mapping[str, str | int | bool]) -> None:
-        """Open the volume's audit log and say there that it is unlocked; if that fails, it must not be."""
+        """Open the volume's audit log and say there that it is unlocked; if that fails, it must not be.
+
+        If it is being locked, that comes to its end first: its log is closed with it.
+        """
         volume_id = unlocked.volume.volume_id
-        held = self._keyring.holds(volume_id)
         try:
-            await self._audit.open_volume(volume_id, unlocked.volume.kek_version, unlocked.keks)
-            self._audit.unlocked(peer, verb, volume_id, said)
+            await self.locks.settled(volume_id)
+            held = self._keyring.holds(volume_id)
+            try:
+                await self._audit.open_volume(volume_id, unlocked.volume.kek_version, unlocked.keks)
+                self._audit.unlocked(peer, verb, volume_id, said)
+            except BaseException:
+                if not held:
+                    self._audit.close_volume(volume_id, "forget")
+                raise
         except BaseException:
-            if not held:
-                self._audit.close_volume(volume_id, "forget")
             for kek in unlocked.keks.values():
                 kek.wipe()
             raise
 
-    def _hold(self, unlocked: Unlocked, cipher_dir: bytes) -> None:
+    def _hold(self, unlocked: Unlocked, cipher_dir: bytes, terms: Terms) -> None:
         volume = unlocked.volume
         self._keyring.hold(volume.volume_id, volume.kek_version, unlocked.keks)
         self._audit.reseal(volume.volume_id, volume.kek_version, self._keyring.keks(volume.volume_id))
         self._cipher_dirs[volume.volume_id] = cipher_dir
+        self.locks.held(volume.volume_id, terms)
         log.info("volume %s is unlocked", volume.volume_id.hex())
+        attachment = self._attached.get(volume.volume_id)
+        if attachment is not None:
+            attachment.peer.post(encode_push({"event": "unlocked", "volume_id": volume.volume_id}))
         self._changed()
 
-    def _lock(self, args: Args) -> dict[str, Any]:
+    async def _lock(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id")
-        return {"was_unlocked": self._forget(arg.get_id(args, "volume_id"))}
+        outcome = await self.locks.lock(arg.get_id(args, "volume_id"), f"process {peer.pid} asked for it")
+        return {"was_unlocked": outcome.was_unlocked, "unwritten": outcome.unwritten}
+
+    def _locked(self, peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "unwritten")
+        self.locks.confirm(peer, arg.get_id(args, "volume_id"), arg.get_int(args, "unwritten", 0, arg.VERSION_MAX))
+        return {}
+
+    def _refuse_while_locking(self, request: Request) -> None:
+        if request.verb in ("unwrap", "generate", "kits"):
+            raise VolumeLocked("the volume is being locked")
 
     def _forget(self, volume_id: bytes) -> bool:
         if self._keyring.holds(volume_id):
             self._audit.close_volume(volume_id, "forget")
         was_unlocked = self._keyring.forget(volume_id)
+        self.locks.forgotten(volume_id)
         self._cipher_dirs.pop(volume_id, None)
         attachment = self._attached.get(volume_id)
         if was_unlocked:
@@ -283,11 +313,17 @@ class Service:
                     "volume_id": volume_id,
                     "cipher_dir": attachment.cipher_dir if attachment else self._cipher_dirs.get(volume_id, b""),
                     "mountpoint": attachment.mountpoint if attachment else None,
-                    "state": "unlocked" if self._keyring.holds(volume_id) else "locked",
+                    "state": self._state(volume_id),
+                    "locks_in_s": self.locks.locks_in_s(volume_id),
                     "daemon_pid": attachment.peer.pid if attachment else None,
                 }
             )
         return {"pid": os.getpid(), "exit_when_empty": self._exit_when_empty, "volumes": volumes}
+
+    def _state(self, volume_id: bytes) -> str:
+        if volume_id in self.locks:
+            return "locking"
+        return "unlocked" if self._keyring.holds(volume_id) else "locked"
 
     async def _attach(self, peer: Peer, args: Args) -> dict[str, Any]:
         volume_id, attachment = self._attachment(peer, args)
@@ -307,6 +343,8 @@ class Service:
         volume = check_file(self._keyring, volume_id, arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES))
         if self._records.would_vanish_under(os.fsdecode(mountpoint)):
             raise Denied(f"a mount on {os.fsdecode(mountpoint)} would hide the key agent's state directory")
+        if not self.locks.serves(volume_id, peer):
+            raise VolumeLocked("the volume is being locked")
         other = self._attached.get(volume_id)
         if other is not None and other.peer is not peer:
             raise VolumeBusy(f"the volume is mounted already, by process {other.peer.pid}")
@@ -334,7 +372,7 @@ class Service:
     def _unattach(self, volume_id: bytes, *, keep: bool) -> None:
         """The volume's daemon is done: forget the KEK, unless it or the user (the verb `keep`) says otherwise."""
         attachment = self._attached.pop(volume_id)
-        if not keep and volume_id not in self._kept:
+        if (not keep and volume_id not in self._kept) or volume_id in self.locks:
             self._forget(volume_id)
         elif self._keyring.holds(volume_id):
             self._cipher_dirs[volume_id] = attachment.cipher_dir
@@ -342,6 +380,7 @@ class Service:
 
     def _generate(self, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "id", "purpose", "count")
+        self.locks.used(arg.get_id(args, "volume_id"))
         kek_version, keys, wrapped = self._keyring.generate(
             arg.get_id(args, "volume_id"),
             arg.get_id(args, "id"),
@@ -353,19 +392,24 @@ class Service:
     def _kits(self, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "directory", "count", "deks")
         volume_id = arg.get_id(args, "volume_id")
+        self.locks.used(volume_id)
         count = arg.get_int(args, "count", 1, arg.KITS_MAX)
         deks = arg.get_int(args, "deks", 0, arg.KEYS_MAX // count)
         directory = arg.get_bool(args, "directory")
         kek_version, kits = self._keyring.kits(volume_id, directory=directory, count=count, deks=deks)
         return {"kek_version": kek_version, "kits": kits}
 
-    async def _unwrap_first(self, _peer: Peer, args: Args) -> dict[str, Any]:
-        await self._records.opened(arg.get_id(args, "volume_id"))
+    async def _unwrap_first(self, peer: Peer, args: Args) -> dict[str, Any]:
+        volume_id = arg.get_id(args, "volume_id")
+        await self._records.opened(volume_id)
+        if not self.locks.serves(volume_id, peer):
+            raise VolumeLocked("the volume is being locked")
         return self._unwrap(args)
 
     def _unwrap(self, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "items")
         volume_id, items = arg.get_id(args, "volume_id"), arg.get_items(args, "items")
+        self.locks.used(volume_id)
         keys = self._keyring.unwrap(volume_id, items)
         record = self._records.get(volume_id)
         if record is None:
@@ -373,11 +417,15 @@ class Service:
         floors = [record.floor(log_id) if purpose in _LOG_PURPOSES else 0 for log_id, purpose, _, _ in items]
         return {"keys": keys, "floors": floors}
 
-    def _stop(self, args: Args) -> dict[str, Any]:
+    async def _stop(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args)
-        self.forget_all()
+        await self.locks.lock_all(f"process {peer.pid} ends the agent")
         self.stopping.set()
         return {}
+
+
+def _time(args: Args, name: str) -> int | None:
+    return None if args[name] is None else arg.get_int(args, name, 1, TIME_MAX_S)
 
 
 def _failure(request: Request, error: Exception) -> tuple[str, str, bytes]:

@@ -16,7 +16,7 @@ from cryptfs.cli import agent_process
 from cryptfs.errors import AgentUnavailable
 
 if TYPE_CHECKING:
-    from cryptfs.keys.agent_client import AgentClient, VolumeStatus
+    from cryptfs.keys.agent_client import AgentClient, LockOutcome, VolumeStatus
     from cryptfs.keys.audit_requests import About
 
 T = TypeVar("T")
@@ -123,14 +123,22 @@ def is_unlocked(volume_id: bytes) -> bool:
     return volume is not None and volume.state == "unlocked"
 
 
-def unlock(volume_file: bytes, cipher_dir: Path, secret: bytes) -> None:
+def unlock(
+    volume_file: bytes, cipher_dir: Path, secret: bytes, *, for_s: int | None = None, idle_s: int | None = None
+) -> None:
     """Unlock a volume. Raises `WrongSecret`, `VolumeDamaged`, `UnsupportedFormat`, `AgentUnavailable`."""
-    ask(lambda client: client.unlock(volume=volume_file, cipher_dir=str(cipher_dir), secret=secret))
+    ask(
+        lambda client: client.unlock(
+            volume=volume_file, cipher_dir=str(cipher_dir), secret=secret, for_s=for_s, idle_s=idle_s
+        )
+    )
 
 
-def lock(volume_id: bytes) -> bool:
-    """Make the agent forget the volume's KEK; whether it held one."""
-    return _ask_running(lambda client: client.lock(volume_id), otherwise=False)
+def lock(volume_id: bytes) -> LockOutcome:
+    """Make daemon and agent forget every key of the volume; how that ended."""
+    from cryptfs.keys.agent_answers import LockOutcome
+
+    return _ask_running(lambda client: client.lock_told(volume_id), otherwise=LockOutcome(False, 0))
 
 
 def keep(volume_id: bytes, *, keep: bool) -> None:

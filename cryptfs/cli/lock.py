@@ -1,4 +1,4 @@
-"""`cryptfs lock DIR-or-MOUNTPOINT`: make the agent forget a volume's KEK, mounted or not."""
+"""`cryptfs lock DIR-or-MOUNTPOINT`: take a volume's keys out of agent and daemon, mounted or not."""
 
 from __future__ import annotations
 
@@ -10,16 +10,60 @@ from cryptfs.cli import ui
 
 
 @click.command()
-@click.argument("dir_or_mountpoint", type=click.Path(path_type=Path))
-def lock(dir_or_mountpoint: Path) -> None:
-    """Make the agent forget the key of a volume, named by its directory or where it is mounted.
+@click.argument("dir_or_mountpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--all", "everything", is_flag=True, help="Lock every volume that is unlocked.")
+def lock(dir_or_mountpoint: Path | None, *, everything: bool) -> None:
+    """Make every process forget the keys of a volume, named by its directory or where it is mounted.
 
-    A live mount stays, and what needs the key fails there until `cryptfs unlock`.
+    A live mount stays: what programs wrote is written first, and nothing can be read, listed or written in it until
+    `cryptfs unlock`.
     """
-    from cryptfs.cli import key_agent
+    from cryptfs.errors import UsageError
 
-    if not key_agent.lock(_volume_id_of(dir_or_mountpoint)):
+    if everything == (dir_or_mountpoint is not None):
+        raise UsageError("name a volume, or give --all")
+    if dir_or_mountpoint is None:
+        _lock_all()
+    elif not _locked(_volume_id_of(dir_or_mountpoint)):
         ui.note("it was locked already")
+
+
+def _lock_all() -> None:
+    """Every one is tried, also after one has failed. Raises the first failure."""
+    from cryptfs.cli import key_agent
+    from cryptfs.errors import CryptfsError
+
+    failure: CryptfsError | None = None
+    for volume in key_agent.held():
+        if volume.state == "locked":
+            continue
+        try:
+            _locked(volume.volume_id)
+        except CryptfsError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _locked(volume_id: bytes) -> bool:
+    """Lock a volume; whether it was unlocked. Raises `StoreFailed` if not everything could be written."""
+    from cryptfs.cli import key_agent
+    from cryptfs.cli.advice import hinted
+    from cryptfs.errors import StoreFailed
+
+    with ui.waiting("locking"):
+        outcome = key_agent.lock(volume_id)
+    if outcome.unwritten is None:
+        raise hinted(
+            StoreFailed("the volume is locked, but its mount did not say in time that everything is written"),
+            "see the daemon's log; what it could not write it keeps until `cryptfs unlock`",
+        )
+    if outcome.unwritten:
+        raise hinted(
+            StoreFailed(f"the volume is locked, but changes of {outcome.unwritten} files could not be written"),
+            "they wait in memory: make room, then `cryptfs unlock`",
+        )
+    return outcome.was_unlocked
 
 
 def _volume_id_of(path: Path) -> bytes:

@@ -19,9 +19,11 @@ import trio
 import trio.lowlevel
 
 from cryptfs.daemon.args import DaemonArgs, parse
+from cryptfs.daemon.locking import Locking
 from cryptfs.daemon.process import harden, open_log, say
 from cryptfs.errors import CryptfsError, NotAVolume, StoreFailed, VolumeBusy
 from cryptfs.fs.volume import Volume, open_volume
+from cryptfs.fuse.gate import Gate
 from cryptfs.fuse.session import FuseSession
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.clock import SystemClock
@@ -87,16 +89,17 @@ async def _serve(args: DaemonArgs) -> bool:
     volume: Volume | None = None
     clean = True
     async with trio.open_nursery() as nursery:
-        gone = _Gone()
+        gate = Gate()
+        locking = Locking(gate, args.policy)
         mounted = Mounted(config.volume_id, str(args.cipher_dir), str(args.mountpoint), read_volume)
-        link = AgentLink(nursery, args.agent_socket, mounted, gone.notice)
+        link = AgentLink(nursery, args.agent_socket, mounted, locking.on_event)
         keys = KeyCache(link, args.policy, clock)
         try:
             await _attach(link)
             nursery.start_soon(keys.serve)
             volume = await open_volume(config, store, keys, clock, os.urandom, read_only=args.read_only)
             session = FuseSession(
-                volume, source=args.cipher_dir, mountpoint=args.mountpoint, options=args.fuse_options,
+                volume, gate, source=args.cipher_dir, mountpoint=args.mountpoint, options=args.fuse_options,
                 read_only=args.read_only, forced_owner=args.force_owner,
             )  # fmt: skip
             session.mount()
@@ -105,7 +108,7 @@ async def _serve(args: DaemonArgs) -> bool:
             # Requests make no reference cycles; scanning for them now and then is enough.
             gc.set_threshold(100_000, 20, 50)
             nursery.start_soon(volume.serve)
-            nursery.start_soon(gone.serve, volume)
+            nursery.start_soon(locking.serve, link, keys, volume, session)
             nursery.start_soon(_stop_on_signal, session)
             nursery.start_soon(_announce, args, session)
             await session.run()
@@ -148,22 +151,3 @@ async def _stop_on_signal(session: FuseSession) -> None:
             log.info("unmounting on signal %d", number)
             with suppress(OSError):
                 await session.stop()
-
-
-class _Gone:
-    """The agent went away or locked the volume: what is dirty is written while the cache still has its keys."""
-
-    def __init__(self) -> None:
-        self._event = trio.Event()
-
-    def notice(self) -> None:
-        """Called by the link, between two awaits."""
-        self._event.set()
-
-    async def serve(self, volume: Volume) -> None:
-        """For ever: flush each time the agent goes."""
-        while True:
-            await self._event.wait()
-            self._event = trio.Event()
-            log.warning("the key agent is gone or has locked the volume; flushing")
-            await volume.flush()

@@ -151,6 +151,12 @@ class FsContext:
         if len(self._buffers) < 4:
             self._buffers.append(buffer)
 
+    def forget_plaintext(self) -> None:
+        """Overwrite the scratch memory that is not in use. What is in use is overwritten when it is given back."""
+        self._slots.clear()
+        for buffer in self._buffers:
+            buffer[:] = bytes(len(buffer))
+
     # storage ---------------------------------------------------------------------------------------------------
 
     async def in_thread(self, call: Callable[..., T], *args: object) -> T:

@@ -253,6 +253,10 @@ class InodeTable:
         self._dirs[inode.ino] = node
         self._trim(node)
 
+    def all(self) -> list[Inode]:
+        """Every inode the kernel knows or something here needs."""
+        return list(self._inodes.values())
+
     def open_dirs(self) -> list[DirNode]:
         """All open directories."""
         return list(self._dirs.values())

@@ -143,6 +143,26 @@ class Namespace:
         finally:
             node.pins -= 1
 
+    async def known(self, *, everywhere: bool) -> list[tuple[int, bytes]]:
+        """(directory's inode number, name) of what the kernel may know by name: in the root, or everywhere.
+
+        Raises `Damaged`, OSError, key errors.
+        """
+        below: dict[Inode, list[bytes]] = {}
+        for inode in self.inodes.all():
+            for parent, name in inode.paths:
+                if everywhere or parent is self.inodes.root:
+                    below.setdefault(parent, []).append(name)
+        out: list[tuple[int, bytes]] = []
+        for parent, names_below in below.items():
+            node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
+            with _pinned(node):
+                sealed = {tree_name(s): s for s in node.entries}
+                wanted = [sealed[name] for name in names_below if name in sealed]
+                names = (await node.keys()).names
+                out += [(parent.ino, names.open(s)) for s in wanted]
+        return out
+
     def report(self, ino: int, error: Damaged) -> None:
         """One log line for damage."""
         log.error("inode %d: %s", ino, error)

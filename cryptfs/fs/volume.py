@@ -62,6 +62,12 @@ class Volume:
                 await self.files.commit_all()
                 await self.files.sync_all()
 
+    def unwritten(self) -> int:
+        """Files and directories with changes that no frame says yet: they are in memory, and nowhere else."""
+        files = (i.file for i in self.inodes.with_files())
+        owing = sum(1 for f in files if f is not None and not f.unlinked and f.journal.needs_frame)
+        return owing + sum(node.has_pending for node in self.inodes.open_dirs())
+
     def statfs(self) -> os.statvfs_result:
         """Of the backing file system."""
         return self.ctx.store.fstatvfs(self.ctx.store.root())

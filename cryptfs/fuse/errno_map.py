@@ -14,11 +14,12 @@ import errno
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyfuse3
 
 from cryptfs.errors import AgentUnavailable, CryptfsError, Damaged, Denied, VolumeLocked
+from cryptfs.fuse.gate import Gate
 
 log = logging.getLogger("cryptfs")
 
@@ -42,13 +43,30 @@ def to_errno(error: Exception, what: str, where: object) -> int:
     return errno.EIO
 
 
+class Gated(Protocol):
+    """An object with handlers."""
+
+    gate: Gate
+
+
 def answered(handler: F) -> F:
     """Wrap a handler so that only `FUSEError` leaves it."""
+    return _wrapped(handler, guarded=False)
+
+
+def guarded(handler: F) -> F:
+    """As `answered`, for a handler that shows or changes what is secret: refused while the gate is closed."""
+    return _wrapped(handler, guarded=True)
+
+
+def _wrapped(handler: F, *, guarded: bool) -> F:
     name = handler.__name__
 
     @functools.wraps(handler)
-    async def wrapper(self: object, *args: Any) -> Any:  # noqa: ANN401 - whatever the handler takes and gives
+    async def wrapper(self: Gated, *args: Any) -> Any:  # noqa: ANN401 - whatever the handler takes and gives
         try:
+            if guarded and self.gate.closed:
+                await self.gate.knock()
             return await handler(self, *args)
         except pyfuse3.FUSEError:
             raise

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, StatvfsData
 
+from cryptfs.errors import AgentUnavailable, VolumeLocked
 from cryptfs.format.dirlog import Entry
 from cryptfs.fs.files import Attr, Changes
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.namespace import Owner
 from cryptfs.fs.volume import Volume
-from cryptfs.fuse.errno_map import answered
+from cryptfs.fuse.errno_map import answered, guarded
+from cryptfs.fuse.gate import Gate
 
 if TYPE_CHECKING:
     from pyfuse3 import (
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     )
 
 TIMEOUT_S = 3600
-"""How long the kernel may believe names and attributes: nobody else changes the volume while it is mounted."""
+"""How long the kernel may believe attributes: nobody else changes the volume while it is mounted."""
 
 _BLOCK_BYTES = 4096
 _DOTS = 2
@@ -75,9 +77,10 @@ class Operations(pyfuse3.Operations):
     enable_acl = True
     supports_dot_lookup = False
 
-    def __init__(self, volume: Volume, forced: Owner | None = None) -> None:
+    def __init__(self, volume: Volume, gate: Gate, forced: Owner | None = None) -> None:
         """`forced`: who everything belongs to as far as programs can see; what they make is the daemon's own below."""
         super().__init__()
+        self.gate = gate
         self._forced = forced
         self._own = Owner(os.geteuid(), os.getegid())
         self._volume = volume
@@ -90,7 +93,7 @@ class Operations(pyfuse3.Operations):
 
     # attributes ------------------------------------------------------------------------------------------------
 
-    @answered
+    @guarded
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
         parent = self._inodes.get(parent_inode)
         try:
@@ -98,7 +101,7 @@ class Operations(pyfuse3.Operations):
         except FileNotFoundError:
             missing = EntryAttributes()
             missing.st_ino = pyfuse3.InodeT(0)
-            missing.entry_timeout = TIMEOUT_S
+            missing.entry_timeout = self.gate.name_timeout_s
             return missing
         return self._counted(attr)
 
@@ -125,9 +128,11 @@ class Operations(pyfuse3.Operations):
         )
         return self._entry(await self._files.setattr(self._inodes.get(inode), want))
 
-    @answered
+    @guarded
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        return pyfuse3.FileNameT(await self._files.readlink(self._inodes.get(inode)))
+        target = await self._files.readlink(self._inodes.get(inode))
+        self.gate.check()
+        return pyfuse3.FileNameT(target)
 
     @answered
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
@@ -174,41 +179,41 @@ class Operations(pyfuse3.Operations):
 
     # names -----------------------------------------------------------------------------------------------------
 
-    @answered
+    @guarded
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self._inodes.get(parent_inode)
         return self._counted(await self._names.mknod(parent, name, mode, rdev, self._owner(ctx)))
 
-    @answered
+    @guarded
     async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
         parent = self._inodes.get(parent_inode)
         return self._counted(await self._names.mkdir(parent, name, mode, self._owner(ctx)))
 
-    @answered
+    @guarded
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self._inodes.get(parent_inode)
         return self._counted(await self._names.symlink(parent, name, target, self._owner(ctx)))
 
-    @answered
+    @guarded
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self._inodes.get(new_parent_inode)
         return self._counted(await self._names.link(self._inodes.get(inode), parent, new_name))
 
-    @answered
+    @guarded
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         await self._names.unlink(self._inodes.get(parent_inode), name)
 
-    @answered
+    @guarded
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         await self._names.rmdir(self._inodes.get(parent_inode), name)
 
-    @answered
+    @guarded
     async def rename(
         self, parent_inode_old: InodeT, name_old: FileNameT, parent_inode_new: InodeT, name_new: FileNameT, flags:
         FlagT,
@@ -219,7 +224,7 @@ class Operations(pyfuse3.Operations):
 
     # files -----------------------------------------------------------------------------------------------------
 
-    @answered
+    @guarded
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
@@ -227,7 +232,7 @@ class Operations(pyfuse3.Operations):
         attr, _ = await self._names.create(parent, name, mode, self._owner(ctx))
         return _file_info(attr.inode.ino), self._counted(attr)
 
-    @answered
+    @guarded
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         known, cut = self._inodes.get(inode), bool(flags & os.O_TRUNC)
         file = await self._files.open(known, writing=cut or flags & os.O_ACCMODE != os.O_RDONLY)
@@ -242,7 +247,7 @@ class Operations(pyfuse3.Operations):
                 raise
         return _file_info(inode)
 
-    @answered
+    @guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         file = self._inodes.get(fh).file
         assert file is not None
@@ -250,7 +255,10 @@ class Operations(pyfuse3.Operations):
         try:
             # pyfuse3 takes any buffer, and has given it to the kernel before anything else runs on this loop:
             # so the buffer may be given back now and is not written again before that.
-            return await file.read_into(buffer, off, size)  # type: ignore[return-value]
+            content = await file.read_into(buffer, off, size)
+            # From here to the kernel nothing else runs: what is answered before the gate closes is dropped there.
+            self.gate.check()
+            return content  # type: ignore[return-value]
         finally:
             self._volume.ctx.give_buffer(buffer)
 
@@ -258,13 +266,27 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         file = self._inodes.get(fh).file
         assert file is not None
-        return await file.write(off, buf)
+        while not self.gate.refusing:
+            try:
+                return await file.write(off, buf)
+            except (AgentUnavailable, VolumeLocked):
+                # The kernel drops what it is told was not written, and the program may be gone: hold on to it.
+                await self.gate.keys_back()
+        if self.gate.on_refused is not None:
+            self.gate.on_refused(fh, off, len(buf))
+        raise VolumeLocked("the volume is locked")
 
     @answered
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         file = self._inodes.get(fh).file
         assert file is not None
-        await file.journal.fsync(data_only=datasync)
+        try:
+            await file.journal.fsync(data_only=datasync)
+        except VolumeLocked:
+            # Interrupted by a lock that lets everything be written first, this too.
+            if not self.gate.closed or self.gate.refusing:
+                raise
+            await file.journal.fsync(data_only=datasync)
 
     @answered
     async def release(self, fh: FileHandleT) -> None:
@@ -278,7 +300,7 @@ class Operations(pyfuse3.Operations):
         self._listings[self._last_listing] = _Listing(self._inodes.get(inode))
         return pyfuse3.FileHandleT(self._last_listing)
 
-    @answered
+    @guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         listing = self._listings[fh]
         if start_id == 0:
@@ -289,6 +311,7 @@ class Operations(pyfuse3.Operations):
         while at < len(listing.entries) and not full:
             try:
                 batch = await self._names.described(listing.inode, listing.entries[at : at + listing.usual])
+                self.gate.check()
             except Exception:
                 if answered_now:
                     # The kernel counts what is in this answer; the next one will say what is wrong.
@@ -336,7 +359,7 @@ class Operations(pyfuse3.Operations):
         out = EntryAttributes()
         out.st_ino = pyfuse3.InodeT(attr.inode.ino)
         out.generation = attr.inode.generation
-        out.entry_timeout = TIMEOUT_S
+        out.entry_timeout = self.gate.name_timeout_s
         out.attr_timeout = TIMEOUT_S
         out.st_mode = pyfuse3.ModeT(st.st_mode)
         out.st_nlink = st.st_nlink

@@ -16,13 +16,28 @@ Kit = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class VolumeStatus:
-    """One volume the agent holds or that is mounted; `state` is "unlocked" or "locked"."""
+    """One volume the agent holds or that is mounted; `state` is "unlocked", "locking" or "locked".
+
+    `locks_in_s`: seconds until it is locked if no key is asked for; None: never.
+    """
 
     volume_id: bytes
     cipher_dir: str
     mountpoint: str | None
     state: str
     daemon_pid: int | None
+    locks_in_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LockOutcome:
+    """How a lock ended.
+
+    `unwritten`: files whose last changes could not be written and wait in the daemon; None: it said nothing in time.
+    """
+
+    was_unlocked: bool
+    unwritten: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +104,13 @@ def get_volume_status(row: object) -> VolumeStatus:
     mountpoint, daemon_pid, state = row.get("mountpoint"), row.get("daemon_pid"), row.get("state")
     if not (mountpoint is None or type(mountpoint) is bytes) or not (daemon_pid is None or type(daemon_pid) is int):
         raise ProtocolError("a volume's mountpoint or daemon_pid has a wrong type")
-    if state not in ("locked", "unlocked"):
-        raise ProtocolError("a volume's state is neither locked nor unlocked")
+    if state not in ("locked", "locking", "unlocked"):
+        raise ProtocolError("a volume's state is none of the three")
     return VolumeStatus(
         volume_id=get_bin(row, "volume_id", ID_BYTES),
         cipher_dir=os.fsdecode(get_bin(row, "cipher_dir")),
         mountpoint=None if mountpoint is None else os.fsdecode(mountpoint),
         state=state,
         daemon_pid=daemon_pid,
+        locks_in_s=None if row.get("locks_in_s") is None else get_int(row, "locks_in_s"),
     )

@@ -37,6 +37,7 @@ from cryptfs.format.agent_msg import PROTOCOL_VERSION, Answer, AnswerDecoder, Fa
 from cryptfs.keys.agent_answers import (
     AgentStatus,
     Kit,
+    LockOutcome,
     VolumeStatus,
     fits,
     get_bin,
@@ -50,7 +51,7 @@ from cryptfs.paths import socket_address
 from cryptfs.sending import Sender
 from cryptfs.types import DEK_BYTES, ID_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
 
-__all__ = ["AgentClient", "AgentStatus", "Kit", "VolumeStatus", "connect", "open_agent"]
+__all__ = ["AgentClient", "AgentStatus", "Kit", "LockOutcome", "VolumeStatus", "connect", "open_agent"]
 
 RECV_BYTES = 64 << 10
 LINGER_MS = 1
@@ -267,21 +268,59 @@ class AgentClient:
         with self.rubbish_is_loss():
             return get_bin(result, "volume")
 
-    async def unlock(self, *, volume: bytes, cipher_dir: str, secret: bytes | bytearray) -> tuple[bytes, int]:
+    async def unlock(
+        self,
+        *,
+        volume: bytes,
+        cipher_dir: str,
+        secret: bytes | bytearray,
+        for_s: int | None = None,
+        idle_s: int | None = None,
+    ) -> tuple[bytes, int]:
         """Unlock with a secret: (volume id, KEK version). `volume` is the whole file's bytes.
+
+        It is locked again `for_s` seconds from now, or when no key was asked for in `idle_s`; None: not so.
 
         Raises `WrongSecret`; `VolumeDamaged` if the secret is right but the file was changed; `UnsupportedFormat`.
         """
-        args = {"volume": volume, "cipher_dir": os.fsencode(cipher_dir), "secret": bytes(secret)}
+        args = {
+            "volume": volume,
+            "cipher_dir": os.fsencode(cipher_dir),
+            "secret": bytes(secret),
+            "for_s": for_s,
+            "idle_s": idle_s,
+        }
         result = await self.request("unlock", args, patience_ticks=KDF_PATIENCE_TICKS)
         with self.rubbish_is_loss():
             return get_bin(result, "volume_id", ID_BYTES), get_int(result, "kek_version")
 
     async def lock(self, volume_id: bytes) -> bool:
-        """Have the agent forget the volume's KEK; whether it held one."""
+        """Have the agent lock the volume, its daemon first; whether it was unlocked."""
+        return (await self.lock_told(volume_id)).was_unlocked
+
+    async def lock_told(self, volume_id: bytes) -> LockOutcome:
+        """As `lock`, with what the volume's daemon said."""
         result = await self.request("lock", {"volume_id": volume_id})
         with self.rubbish_is_loss():
-            return get_bool(result, "was_unlocked")
+            unwritten = None if result.get("unwritten") is None else get_int(result, "unwritten")
+            return LockOutcome(get_bool(result, "was_unlocked"), unwritten)
+
+    async def locked(self, volume_id: bytes, unwritten: int) -> None:
+        """The daemon's word that it holds no key of the volume any more; the agent drops the KEK.
+
+        `unwritten`: files whose last changes could not be written and wait in memory. Raises `ProtocolError` if nobody
+        wants the volume locked.
+        """
+        await self.request("locked", {"volume_id": volume_id, "unwritten": unwritten})
+
+    def interrupt(self) -> None:
+        """Have every request that waits for its answer fail with `VolumeLocked` now; answers that come are dropped."""
+        waiting = list(self._waiting.items())
+        self._waiting.clear()
+        for request_id, entry in waiting:
+            self._abandoned.add(request_id)
+            entry.answer = Failure(request_id, "locked", "the volume is being locked")
+            _wake(entry)
 
     async def status(self) -> AgentStatus:
         """The agent and its volumes."""

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import trio
 
-from cryptfs.errors import CryptfsError, Damaged
+from cryptfs.errors import CryptfsError, Damaged, VolumeLocked
 from cryptfs.keys.policy import SWEEP_INTERVAL_S, CachePolicy
 from cryptfs.ports import Clock, FreshKeys, KeyRun, Kit
 from cryptfs.types import DEK_BYTES, DELETED, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES, Purpose
@@ -118,6 +118,7 @@ class KeyCache:
         self._kits_wanted = _KITS_MIN
         self._refill = trio.Event()
         self._refilling = trio.Lock()
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -162,6 +163,7 @@ class KeyCache:
         """See `DekProvider.unwrap`."""
         used_up = False
         while True:
+            self._check_open()
             missing = [(run, [w for w in run.wrapped if used_up or w not in self._slots]) for run in runs]
             flying = next((self._in_flight[w] for _, ws in missing for w in ws if w in self._in_flight), None)
             if flying is not None:
@@ -183,7 +185,7 @@ class KeyCache:
 
     async def warm(self, runs: Sequence[KeyRun]) -> None:
         """See `DekProvider.warm`."""
-        if not self.policy.caching:
+        if not self.policy.caching or self._closed:
             return
         slots, flying = self._slots, self._in_flight
         wanted = [(run, [w for w in run.wrapped if w not in slots and w not in flying]) for run in runs]
@@ -225,7 +227,7 @@ class KeyCache:
             clear.append(answer)
             flat += wraps
             widths += [width] * len(wraps)
-        views, batch = self._store(b"".join(clear), flat, widths)
+        views, batch = self._store(bytearray().join(clear), flat, widths)
         for (run, _), floor in zip(wanted, floors, strict=True):
             if run.purpose in _LOG_PURPOSES:
                 self._know(run.log_id, floor, batch)
@@ -236,11 +238,12 @@ class KeyCache:
 
     async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
         """See `DekProvider.generate`."""
+        self._check_open()
         self.statistics.round_trips += 1
         kek_version, keys, joined = await self._upstream.generate(log_id, purpose.value, count)
         names = purpose is Purpose.NAMES
         wraps = _split(joined, WRAPPED_NAMES_BYTES if names else WRAPPED_BYTES)
-        views, batch = self._store(keys, wraps, [NAMES_KEY_BYTES if names else DEK_BYTES] * count)
+        views, batch = self._store(bytearray(keys), wraps, [NAMES_KEY_BYTES if names else DEK_BYTES] * count)
         fresh = FreshKeys(kek_version, [views[w] for w in wraps], wraps)
         batch.stocks.append(fresh)
         if purpose in _LOG_PURPOSES:
@@ -321,6 +324,7 @@ class KeyCache:
                 self._kits.extend(await self._new_kits(count, directory=False))
 
     async def _new_kits(self, count: int, *, directory: bool) -> list[tuple[Kit, _Batch]]:
+        self._check_open()
         self.statistics.round_trips += 1
         deks = 0 if directory else _DEKS_PER_KIT
         kek_version, raw = await self._upstream.kits(directory=directory, count=count, deks=deks)
@@ -337,7 +341,7 @@ class KeyCache:
                 widths.append(NAMES_KEY_BYTES)
             wraps += _split(dek_wraps, WRAPPED_BYTES)
             widths += [DEK_BYTES] * deks
-        views, batch = self._store(b"".join(clear), wraps, widths)
+        views, batch = self._store(bytearray().join(clear), wraps, widths)
         out = []
         for log_id, _, log_wrapped, _, names_wrapped, _, dek_wraps in raw:
             self._know(log_id, 0, batch)
@@ -355,12 +359,14 @@ class KeyCache:
     # keeping and wiping ----------------------------------------------------------------------------------------
 
     def _store(
-        self, clear: bytes, wraps: Sequence[bytes], widths: Sequence[int]
+        self, clear: bytearray, wraps: Sequence[bytes], widths: Sequence[int]
     ) -> tuple[dict[bytes, memoryview], _Batch]:
+        # What was asked for before the cache was closed is not kept when it comes after that.
+        self._check_open()
         now = self._monotonic()
         caching = self.policy.caching
         age_s = self.policy.max_age_s if caching else min(self.policy.max_age_s, SWEEP_INTERVAL_S)
-        batch = _Batch(bytearray(clear), now + age_s, list(wraps))
+        batch = _Batch(clear, now + age_s, list(wraps))
         view = memoryview(batch.buffer)
         views: dict[bytes, memoryview] = {}
         at = 0
@@ -404,6 +410,19 @@ class KeyCache:
         while self._batches:
             self._wipe(self._batches.popleft())
         self._kits.clear()
+
+    def close(self) -> None:
+        """Overwrite everything, and neither keep nor hand out a key until `reopen`: `VolumeLocked` is the answer."""
+        self._closed = True
+        self.wipe()
+
+    def reopen(self) -> None:
+        """The reverse of `close`; the cache is empty."""
+        self._closed = False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise VolumeLocked("the volume is locked")
 
     async def serve(self) -> None:
         """Sweep once a second and refill kits on demand, for ever.

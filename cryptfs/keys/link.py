@@ -30,15 +30,19 @@ class Mounted:
 class AgentLink(VolumeRequests):
     """The agent's connection of one mounted volume. `nursery` runs the connection's tasks.
 
-    `on_gone` is called when the agent locks the volume or the connection is lost.
+    `on_event` is called, between two awaits, with what the agent pushes about the volume (`locking`, `locked`,
+    `unlocked`: docs/AGENT_PROTOCOL.md), with `gone` when the connection is lost, with `back` when there is one again.
     """
 
-    def __init__(self, nursery: trio.Nursery, socket_path: str, mounted: Mounted, on_gone: Callable[[], None]) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, socket_path: str, mounted: Mounted,
+        on_event: Callable[[str, Mapping[str, Any]], None],
+    ) -> None:  # fmt: skip
         super().__init__(mounted.volume_id, self._connected)
         self._nursery = nursery
         self._socket_path = socket_path
         self._mounted = mounted
-        self._on_gone = on_gone
+        self._on_event = on_event
         self._client: AgentClient | None = None
         self._connecting = trio.Lock()
         self._closing = False
@@ -46,6 +50,32 @@ class AgentLink(VolumeRequests):
     async def attach(self) -> None:
         """Connect and attach now. Raises what `connect` and `AgentClient.attach` raise."""
         await self._connected()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection that works."""
+        return self._client is not None and not self._client.lost.is_set()
+
+    async def reattach(self) -> None:
+        """Show the agent the `volume` file again, as it was unlocked again. Raises as `AgentClient.attach` does."""
+        await self._attach(await self._connected())
+
+    async def locked(self, unwritten: int) -> None:
+        """Tell the agent that no key of the volume is left here. Raises as `AgentClient.locked` does."""
+        if self._client is not None:
+            await self._client.locked(self._mounted.volume_id, unwritten)
+
+    def interrupt(self) -> None:
+        """Have requests that wait for the agent fail now."""
+        if self._client is not None:
+            self._client.interrupt()
+
+    async def _attach(self, client: AgentClient) -> None:
+        mounted = self._mounted
+        await client.attach(
+            volume_id=mounted.volume_id, cipher_dir=mounted.cipher_dir, mountpoint=mounted.mountpoint,
+            volume=mounted.read_volume(),
+        )  # fmt: skip
 
     async def detach(self, *, keep: bool = False) -> None:
         """Leave the agent: it forgets the KEK unless told to keep it. Never raises."""
@@ -70,24 +100,22 @@ class AgentLink(VolumeRequests):
             if client is not None and not client.lost.is_set():
                 return client
             client = await connect(self._nursery, self._socket_path, role="daemon", on_push=self._pushed)
-            mounted = self._mounted
             try:
-                await client.attach(
-                    volume_id=mounted.volume_id, cipher_dir=mounted.cipher_dir, mountpoint=mounted.mountpoint,
-                    volume=mounted.read_volume(),
-                )  # fmt: skip
+                await self._attach(client)
             except BaseException:
                 client.close()
                 raise
             self._client = client
             self._nursery.start_soon(self._watch, client)
+            self._on_event("back", {})
             return client
 
     async def _watch(self, client: AgentClient) -> None:
         await client.lost.wait()
         if not self._closing:
-            self._on_gone()
+            self._on_event("gone", {})
 
     def _pushed(self, event: Mapping[str, Any]) -> None:
-        if event.get("event") == "locked" and event.get("volume_id") == self._mounted.volume_id:
-            self._on_gone()
+        kind = event.get("event")
+        if type(kind) is str and event.get("volume_id") == self._mounted.volume_id:
+            self._on_event(kind, event)

@@ -52,7 +52,9 @@ def serve_here(short_tmp: Path) -> ServeHere:
     """`async with serve_here() as served`: an agent in this process; `empty=True` for exit-when-empty."""
 
     @contextlib.asynccontextmanager
-    async def serve(*, empty: bool = False, startup_grace_s: float = 0.2) -> AsyncIterator[Served]:
+    async def serve(
+        *, empty: bool = False, startup_grace_s: float = 0.2, lock_deadline_s: float = 0.2
+    ) -> AsyncIterator[Served]:
         provider = FakeProvider()
         server = Server(
             providers={provider.kind: provider},
@@ -62,6 +64,7 @@ def serve_here(short_tmp: Path) -> ServeHere:
             exit_when_empty=empty,
             startup_grace_s=startup_grace_s,
             empty_grace_s=0.05,
+            lock_deadline_s=lock_deadline_s,
         )
         served = Served(str(short_tmp / "run" / "agent.sock"), server, provider)
 

@@ -41,7 +41,7 @@ class Driver:
         self.store = store
         self.sample = sample
         self.volume = volume
-        self.handlers = Operations(volume)
+        self.handlers = Operations(volume, Gate())
         self._held: dict[int, int] = {}
 
     @classmethod

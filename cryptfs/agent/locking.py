@@ -1,0 +1,192 @@
+"""When volumes are locked, and in which order: the daemon first, the KEK last, at the deadline in any case.
+
+A volume without a daemon is locked at once. One with a daemon is *locking* first: its daemon is told, may go on asking
+for keys to write back what programs wrote, and says `locked` when it has erased its own. Nobody else is served
+meanwhile. Whoever asked for the lock waits for its end, but it goes on without them.
+
+A volume is also locked when its time is up: so long after `unlock` (absolute), or so long after the last request that
+needed its KEK (idle).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import trio
+
+from cryptfs.agent.keyring import Keyring
+from cryptfs.agent.recording import Attachment, Peer
+from cryptfs.errors import ProtocolError
+from cryptfs.format.agent_msg import encode_push
+from cryptfs.ports import Clock
+
+log = logging.getLogger(__name__)
+
+DEADLINE_S = 10.0
+"""How long a daemon may take to write everything back before the KEK is dropped all the same."""
+LOOK_S = 1.0
+"""How often times are looked at. Sleeping until they are due would not count the time the machine is asleep."""
+TIME_MAX_S = 366 * 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a lock ended. `unwritten`: files whose last changes wait in the daemon, None if it did not say in time."""
+
+    was_unlocked: bool
+    unwritten: int | None = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How long a volume stays unlocked; None: for ever. Seconds."""
+
+    for_s: int | None = None
+    idle_s: int | None = None
+
+
+@dataclass(slots=True)
+class _Timed:
+    terms: Terms
+    lock_at: float | None
+    used_at: float
+
+
+@dataclass(slots=True)
+class _Closing:
+    deadline: float
+    peer: Peer
+    over: trio.Event = field(default_factory=trio.Event)
+    unwritten: int | None = None
+
+
+class Locks:
+    """One per service. `forget` wipes a volume's KEKs and tells its daemon, if it has one, that they are gone."""
+
+    def __init__(
+        self, keyring: Keyring, attached: Mapping[bytes, Attachment], forget: Callable[[bytes], bool], clock: Clock,
+        deadline_s: float,
+    ) -> None:  # fmt: skip
+        self._deadline_s = deadline_s
+        self._keyring = keyring
+        self._attached = attached
+        self._forget = forget
+        self._clock = clock
+        self._closing: dict[bytes, _Closing] = {}
+        self._timed: dict[bytes, _Timed] = {}
+        self._wake = trio.Event()
+
+    def __contains__(self, volume_id: bytes) -> bool:
+        return volume_id in self._closing
+
+    def __bool__(self) -> bool:
+        return bool(self._closing)
+
+    def serves(self, volume_id: object, peer: Peer) -> bool:
+        """Whether this peer may still have keys of the volume, which is being locked or not."""
+        closing = self._closing.get(volume_id) if type(volume_id) is bytes else None
+        return closing is None or closing.peer is peer
+
+    # locking ---------------------------------------------------------------------------------------------------
+
+    def begin(self, volume_id: bytes, why: str) -> None:
+        """Start locking a volume; nothing happens if it is locked or being locked."""
+        if volume_id in self._closing or not self._keyring.holds(volume_id):
+            return
+        daemon = self._attached.get(volume_id)
+        if daemon is None:
+            log.info("locking volume %s: %s", volume_id.hex(), why)
+            self._forget(volume_id)
+            return
+        log.info("locking volume %s (%s): waiting for process %d", volume_id.hex(), why, daemon.peer.pid)
+        self._closing[volume_id] = _Closing(trio.current_time() + self._deadline_s, daemon.peer)
+        daemon.peer.post(
+            encode_push({"event": "locking", "volume_id": volume_id, "deadline_ms": int(self._deadline_s * 1000)})
+        )
+        self._wake.set()
+
+    async def lock(self, volume_id: bytes, why: str) -> Outcome:
+        """Lock a volume and wait until it is. If the caller is cancelled, the locking goes on."""
+        if not self._keyring.holds(volume_id):
+            return Outcome(was_unlocked=False)
+        self.begin(volume_id, why)
+        closing = self._closing.get(volume_id)
+        if closing is None:
+            return Outcome(was_unlocked=True)
+        await closing.over.wait()
+        return Outcome(was_unlocked=True, unwritten=closing.unwritten)
+
+    async def settled(self, volume_id: bytes) -> None:
+        """Wait while the volume is being locked."""
+        while (closing := self._closing.get(volume_id)) is not None:
+            await closing.over.wait()
+
+    async def lock_all(self, why: str) -> None:
+        """Lock every volume at the same time, and wait until all are."""
+        for volume_id in self._keyring.volume_ids:
+            self.begin(volume_id, why)
+        for volume_id in list(self._closing):
+            await self.settled(volume_id)
+
+    def confirm(self, peer: Peer, volume_id: bytes, unwritten: int) -> None:
+        """The daemon has erased its keys. Raises `ProtocolError` if the volume is not being locked with it."""
+        closing = self._closing.get(volume_id)
+        if closing is None or closing.peer is not peer:
+            raise ProtocolError("the volume is not being locked")
+        closing.unwritten = unwritten
+        self._forget(volume_id)
+
+    def forgotten(self, volume_id: bytes) -> None:
+        """The KEK is gone, however that came about."""
+        self._timed.pop(volume_id, None)
+        closing = self._closing.pop(volume_id, None)
+        if closing is not None:
+            closing.over.set()
+
+    # times -----------------------------------------------------------------------------------------------------
+
+    def held(self, volume_id: bytes, terms: Terms) -> None:
+        """The volume was unlocked (again): its times count from now."""
+        now = self._clock.monotonic()
+        self._timed[volume_id] = _Timed(terms, None if terms.for_s is None else now + terms.for_s, now)
+        self._wake.set()
+
+    def used(self, volume_id: bytes) -> None:
+        """A request needed the KEK."""
+        timed = self._timed.get(volume_id)
+        if timed is not None and timed.terms.idle_s is not None:
+            timed.used_at = self._clock.monotonic()
+
+    def locks_in_s(self, volume_id: bytes) -> int | None:
+        """Seconds until the volume is locked if nothing happens; None: never."""
+        timed = self._timed.get(volume_id)
+        due = _due(timed) if timed is not None else None
+        return None if due is None else max(0, round(due - self._clock.monotonic()))
+
+    async def serve(self) -> None:
+        """Lock what is due, for ever."""
+        while True:
+            timed = any(_due(t) is not None for t in self._timed.values())
+            soonest = min((c.deadline - trio.current_time() for c in self._closing.values()), default=LOOK_S)
+            if not timed and not self._closing:
+                soonest = float("inf")
+            with trio.move_on_after(max(0.0, min(soonest, LOOK_S if timed else soonest))):
+                await self._wake.wait()
+            self._wake = trio.Event()
+            for volume_id, closing in list(self._closing.items()):
+                if closing.deadline <= trio.current_time():
+                    log.warning("volume %s: process %d is late, locked without it", volume_id.hex(), closing.peer.pid)
+                    self._forget(volume_id)
+            now = self._clock.monotonic()
+            for volume_id, times in list(self._timed.items()):
+                due = _due(times)
+                if due is not None and due <= now:
+                    self.begin(volume_id, "its time is up" if due == times.lock_at else "it was idle")
+
+
+def _due(timed: _Timed) -> float | None:
+    idle = None if timed.terms.idle_s is None else timed.used_at + timed.terms.idle_s
+    dues = [due for due in (timed.lock_at, idle) if due is not None]
+    return min(dues) if dues else None

@@ -1,0 +1,211 @@
+"""`lock` and `unlock` of a mounted volume: nothing more to read, nothing lost, and the same mount again afterwards."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cryptfs.cli.mounts import wait_until
+from tests.mount.box import Box
+
+pytestmark = pytest.mark.mount
+
+PAGE = 4096
+CONTENT = bytes(range(256)) * 16 * 64
+"""256 KiB."""
+
+
+@contextmanager
+def refused(code: int):  # type: ignore[no-untyped-def]
+    with pytest.raises(OSError) as caught:
+        yield
+    assert caught.value.errno == code, caught.value
+
+
+def locked(call: Callable[[], object]) -> None:
+    with refused(errno.ENOKEY):
+        call()
+
+
+MAPPED = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+assert mapped[5] == 5
+print("mapped", flush=True)
+sys.stdin.readline()
+print(mapped[5], flush=True)
+"""
+
+
+def test_after_lock_nothing_can_be_read_and_after_unlock_everything_can(box: Box) -> None:
+    box.mount()
+    (box.clear / "dir").mkdir()
+    file, inner = box.clear / "file", box.clear / "dir" / "inner"
+    file.write_bytes(CONTENT)
+    inner.write_bytes(CONTENT)
+    (box.clear / "link").symlink_to("dir/inner")
+    fd, dir_fd = os.open(file, os.O_RDWR), os.open(box.clear / "dir", os.O_RDONLY)
+    mapping = subprocess.Popen(
+        [sys.executable, "-c", MAPPED, str(inner)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert mapping.stdout is not None
+    try:
+        assert os.pread(fd, PAGE, 0) == CONTENT[:PAGE]
+        assert mapping.stdout.readline() == b"mapped\n"
+        box.run("lock", box.clear)
+        assert box.log().count("the volume is locked, after") == 1
+        locked(lambda: os.pread(fd, PAGE, 0))
+        locked(lambda: os.listdir(box.clear))
+        locked(lambda: os.listdir(dir_fd))
+        locked(file.read_bytes)
+        locked(file.stat)
+        locked(lambda: os.stat("inner", dir_fd=dir_fd))
+        locked((box.clear / "absent").stat)
+        locked(lambda: os.readlink(box.clear / "link"))
+        locked((box.clear / "new").touch)
+        locked((box.clear / "new").mkdir)
+        locked(file.unlink)
+        locked(lambda: os.pwrite(fd, b"x", 10))
+        assert os.fstat(fd).st_size == len(CONTENT), "sizes are no secret"
+        assert os.stat(box.clear).st_mode, "the mount itself can be looked at"
+        mapping.communicate(b"\n")
+        assert mapping.returncode == -signal.SIGBUS
+        [volume] = __import__("json").loads(box.run("status", "--json").stdout)
+        assert (volume["state"], volume["daemon_pid"]) == ("locked", box.daemon_pid)
+        assert "locked already" in box.run("lock", box.vault).stderr
+        box.unlock()
+        assert os.pread(fd, PAGE, PAGE) == CONTENT[PAGE : 2 * PAGE]
+        assert sorted(os.listdir(box.clear)) == ["dir", "file", "link"]
+        assert os.listdir(dir_fd) == ["inner"]
+        os.pwrite(fd, b"again", 0)
+        os.fsync(fd)
+        assert file.read_bytes() == b"again" + CONTENT[5:]
+        assert (box.clear / "link").read_bytes() == CONTENT
+    finally:
+        os.close(fd)
+        os.close(dir_fd)
+        mapping.kill()
+        mapping.wait()
+    box.umount()
+
+
+def test_what_was_written_before_lock_is_on_disk_also_from_files_that_are_open_and_mapped(box: Box) -> None:
+    box.mount()
+    plain, mapped = box.clear / "plain", box.clear / "mapped"
+    mapped.write_bytes(bytes(len(CONTENT)))
+    fd, mapped_fd = os.open(plain, os.O_RDWR | os.O_CREAT), os.open(mapped, os.O_RDWR)
+    try:
+        os.write(fd, CONTENT)
+        with mmap.mmap(mapped_fd, 0) as view:
+            view[:] = CONTENT
+            box.run("lock", box.clear)
+            # Killed: nothing that was only in the daemon's or the kernel's memory survives.
+            box.kill_daemon()
+    finally:
+        os.close(fd)
+        os.close(mapped_fd)
+    box.mount()
+    assert plain.read_bytes() == CONTENT
+    assert mapped.read_bytes() == CONTENT
+
+
+def test_a_write_while_locked_is_refused_and_fsync_says_so(box: Box) -> None:
+    box.mount()
+    file = box.clear / "file"
+    file.write_bytes(CONTENT)
+    fd = os.open(file, os.O_RDWR)
+    try:
+        box.run("lock", box.clear)
+        # A whole page needs nothing of what is there: the kernel takes it without asking.
+        assert os.pwrite(fd, b"n" * PAGE, 0) == PAGE
+        with refused(errno.ENOKEY):
+            os.fsync(fd)
+        assert wait_until(lambda: _is_unreadable(fd), 5), "what was refused is still shown"
+        box.unlock()
+        assert os.pread(fd, len(CONTENT), 0) == CONTENT, "nothing of it is in the file"
+        os.pwrite(fd, b"y" * PAGE, PAGE)
+        os.fsync(fd)
+        assert os.pread(fd, PAGE, PAGE) == b"y" * PAGE
+    finally:
+        os.close(fd)
+
+
+def _is_unreadable(fd: int) -> bool:
+    try:
+        os.pread(fd, PAGE, 0)
+    except OSError as error:
+        return error.errno == errno.ENOKEY
+    return False
+
+
+def test_writers_at_work_lose_nothing_that_they_were_told_is_safe(box: Box) -> None:
+    box.mount()
+    stop = threading.Event()
+    safe: dict[Path, int] = {}
+
+    def write(path: Path) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            for number in range(1, 1 << 16):
+                if stop.is_set():
+                    return
+                os.pwrite(fd, number.to_bytes(4, "big") * (PAGE // 4), 0)
+                os.fsync(fd)
+                safe[path] = number
+        except OSError as error:
+            assert error.errno == errno.ENOKEY
+        finally:
+            os.close(fd)
+
+    writers = [threading.Thread(target=write, args=(box.clear / f"file{n}",)) for n in range(3)]
+    for writer in writers:
+        writer.start()
+    assert wait_until(lambda: len(safe) == 3, 20)
+    box.run("lock", box.clear)
+    stop.set()
+    for writer in writers:
+        writer.join(20)
+        assert not writer.is_alive()
+    box.unlock()
+    box.remount()
+    for path, number in safe.items():
+        assert int.from_bytes(path.read_bytes()[:4], "big") in (number, number + 1)
+
+
+def test_umount_while_locked(box: Box) -> None:
+    box.mount()
+    file = box.clear / "file"
+    fd = os.open(file, os.O_RDWR | os.O_CREAT)
+    os.write(fd, CONTENT)
+    box.run("lock", box.clear)
+    os.close(fd)
+    box.run("umount", box.clear)
+    assert "not left clean" not in box.log()
+    box.mount()
+    assert file.read_bytes() == CONTENT
+    box.umount()
+    assert "not left clean" not in box.log()
+
+
+def test_two_locks_at_once_and_an_idle_mount(box: Box) -> None:
+    box.mount()
+    words = [sys.executable, "-m", "cryptfs", "lock", "--all"]
+    both = [subprocess.Popen(words, env=box.environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for command in both:
+        _, said = command.communicate(timeout=60)
+        assert command.returncode == 0, said
+    locked(lambda: os.listdir(box.clear))
+    box.unlock()
+    assert os.listdir(box.clear) == []
+    box.umount()
