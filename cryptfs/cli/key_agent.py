@@ -74,11 +74,15 @@ def _ask_running(request: Request[T], otherwise: T) -> T:
 
 def held() -> Sequence[VolumeStatus]:
     """The volumes that the agent holds a key for or that are attached to it."""
+    from cryptfs.cli import plain_agent
+    from cryptfs.errors import ProtocolError
+    from cryptfs.keys.agent_answers import get_volumes
 
-    async def request(client: AgentClient) -> Sequence[VolumeStatus]:
-        return (await client.status()).volumes
-
-    return _ask_running(request, ())
+    result = plain_agent.ask("status", {})
+    try:
+        return () if result is None else get_volumes(result)
+    except ProtocolError as error:
+        raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
 
 
 def pid() -> int | None:
@@ -136,9 +140,15 @@ def unlock(
 
 def lock(volume_id: bytes) -> LockOutcome:
     """Make daemon and agent forget every key of the volume; how that ended."""
-    from cryptfs.keys.agent_answers import LockOutcome
+    from cryptfs.cli import plain_agent
+    from cryptfs.errors import ProtocolError
+    from cryptfs.keys.agent_answers import get_lock_outcome
 
-    return _ask_running(lambda client: client.lock_told(volume_id), otherwise=LockOutcome(False, 0))
+    result = plain_agent.ask("lock", {"volume_id": volume_id})
+    try:
+        return get_lock_outcome(result or {"was_unlocked": False, "unwritten": 0})
+    except ProtocolError as error:
+        raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
 
 
 def keep(volume_id: bytes, *, keep: bool) -> None:

@@ -48,6 +48,7 @@ def _volumes() -> list[dict[str, Any]]:
             "mountpoint": volume.mountpoint or None,
             "state": volume.state,
             "daemon_pid": volume.daemon_pid,
+            "locks_in_s": volume.locks_in_s,
         }
         for volume in key_agent.held()
     ]
@@ -57,7 +58,7 @@ def _volumes() -> list[dict[str, Any]]:
         volume_id = _volume_id(daemon.cipher_dir)
         row = next((volume for volume in volumes if volume["volume_id"] == volume_id), None)
         if row is None:
-            row = {"volume_id": volume_id, "state": "locked"}
+            row = {"volume_id": volume_id, "state": "locked", "locks_in_s": None}
             volumes.append(row)
         row |= {"cipher_dir": str(daemon.cipher_dir), "mountpoint": str(daemon.mountpoint), "daemon_pid": daemon.pid}
     return volumes

@@ -8,18 +8,37 @@ from pathlib import Path
 import click
 
 from cryptfs.cli import passphrase, ui
+from cryptfs.cli.durations import DURATION
 
 
 @click.command()
 @click.argument("dir", type=click.Path(path_type=Path))
+@click.option("--for", "for_s", metavar="T", type=DURATION, help="Lock it again after T, for example 8h.")
+@click.option("--idle", "idle_s", metavar="T", type=DURATION, help="Lock it when no key was needed for T.")
 @passphrase.options
-def unlock(dir: Path, *, passfile: Path | None, passfd: int | None, extpass: str | None) -> None:  # noqa: A002
-    """Bring the key of the volume DIR into the agent, mounted or not; starts the agent if needed."""
-    if not unlock_volume(Path(os.path.realpath(dir)), passphrase.choose(passfile, passfd, extpass)):
+def unlock(
+    dir: Path,  # noqa: A002
+    *,
+    for_s: int | None,
+    idle_s: int | None,
+    passfile: Path | None,
+    passfd: int | None,
+    extpass: str | None,
+) -> None:
+    """Bring the key of the volume DIR into the agent, mounted or not; starts the agent if needed.
+
+    If it is there already, `--for` and `--idle` are not changed.
+    """
+    sources = passphrase.choose(passfile, passfd, extpass)
+    if not unlock_volume(Path(os.path.realpath(dir)), sources, for_s=for_s, idle_s=idle_s):
         ui.note("it was unlocked already")
+        if for_s is not None or idle_s is not None:
+            ui.warning("--for and --idle count only when a volume is unlocked: lock it first to change them")
 
 
-def unlock_volume(cipher_dir: Path, sources: passphrase.Sources) -> bool:
+def unlock_volume(
+    cipher_dir: Path, sources: passphrase.Sources, *, for_s: int | None = None, idle_s: int | None = None
+) -> bool:
     """Unlock the volume in `cipher_dir` (resolved); returns whether it was locked.
 
     The passphrase is asked for only then, and a wrong one typed at the prompt may be typed again. Raises `NotAVolume`,
@@ -40,7 +59,7 @@ def unlock_volume(cipher_dir: Path, sources: passphrase.Sources) -> bool:
         secret = passphrase.ask() if sources.is_prompt else sources.read()
         try:
             with ui.waiting("unlocking"):
-                key_agent.unlock(volume_file, cipher_dir, secret)
+                key_agent.unlock(volume_file, cipher_dir, secret, for_s=for_s, idle_s=idle_s)
         except CryptfsError as failure:
             if not passphrase.is_retryable(sources, failure, attempt):
                 raise

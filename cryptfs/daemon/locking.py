@@ -111,7 +111,7 @@ class Locking:
         """The agent is gone: write everything with the keys at hand, and look for it until they are too old."""
         if self.state is not State.ADRIFT:
             return
-        log.warning("the key agent is gone; writing everything with the keys at hand")
+        log.warning("the key agent is gone; flushing with the keys at hand")
         self._nursery.start_soon(self._write_all)
         self._nursery.start_soon(self._look_for_agent)
 

@@ -266,15 +266,19 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         file = self._inodes.get(fh).file
         assert file is not None
-        while not self.gate.refusing:
+        while True:
+            if self.gate.refusing:
+                try:
+                    await self.gate.knock()
+                except VolumeLocked:
+                    if self.gate.on_refused is not None:
+                        self.gate.on_refused(fh, off, len(buf))
+                    raise
             try:
                 return await file.write(off, buf)
             except (AgentUnavailable, VolumeLocked):
                 # The kernel drops what it is told was not written, and the program may be gone: hold on to it.
                 await self.gate.keys_back()
-        if self.gate.on_refused is not None:
-            self.gate.on_refused(fh, off, len(buf))
-        raise VolumeLocked("the volume is locked")
 
     @answered
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:

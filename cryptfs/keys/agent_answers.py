@@ -97,6 +97,20 @@ def get_kit(row: object, sizes: tuple[int, ...]) -> Kit:
     return (row[0], row[1], row[2], row[3], row[4], row[5], row[6])
 
 
+def get_lock_outcome(result: Mapping[str, Any]) -> LockOutcome:
+    """The result of `lock`. Raises `ProtocolError` for anything else."""
+    unwritten = None if result.get("unwritten") is None else get_int(result, "unwritten")
+    return LockOutcome(get_bool(result, "was_unlocked"), unwritten)
+
+
+def get_volumes(result: Mapping[str, Any]) -> tuple[VolumeStatus, ...]:
+    """The volumes of `status`. Raises `ProtocolError` for anything else."""
+    rows = result.get("volumes")
+    if not isinstance(rows, list):
+        raise ProtocolError("volumes is no array")
+    return tuple(map(get_volume_status, rows))
+
+
 def get_volume_status(row: object) -> VolumeStatus:
     """One volume of `status`. Raises `ProtocolError` for anything else."""
     if not isinstance(row, dict):

@@ -45,7 +45,8 @@ from cryptfs.keys.agent_answers import (
     get_floors,
     get_int,
     get_kit,
-    get_volume_status,
+    get_lock_outcome,
+    get_volumes,
 )
 from cryptfs.paths import socket_address
 from cryptfs.sending import Sender
@@ -302,8 +303,7 @@ class AgentClient:
         """As `lock`, with what the volume's daemon said."""
         result = await self.request("lock", {"volume_id": volume_id})
         with self.rubbish_is_loss():
-            unwritten = None if result.get("unwritten") is None else get_int(result, "unwritten")
-            return LockOutcome(get_bool(result, "was_unlocked"), unwritten)
+            return get_lock_outcome(result)
 
     async def locked(self, volume_id: bytes, unwritten: int) -> None:
         """The daemon's word that it holds no key of the volume any more; the agent drops the KEK.
@@ -326,12 +326,7 @@ class AgentClient:
         """The agent and its volumes."""
         result = await self.request("status", {})
         with self.rubbish_is_loss():
-            rows = result.get("volumes")
-            if not isinstance(rows, list):
-                raise ProtocolError("volumes is no array")
-            return AgentStatus(
-                get_int(result, "pid"), get_bool(result, "exit_when_empty"), tuple(map(get_volume_status, rows))
-            )
+            return AgentStatus(get_int(result, "pid"), get_bool(result, "exit_when_empty"), get_volumes(result))
 
     async def attach(self, *, volume_id: bytes, cipher_dir: str, mountpoint: str, volume: bytes) -> int:
         """Make this connection the volume's daemon; the KEK version. When the connection ends, the KEK is forgotten.

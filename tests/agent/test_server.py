@@ -183,14 +183,19 @@ async def test_lock_is_pushed_to_the_daemon_which_may_go_on_after_unlock(serve_h
         async with open_agent(served.path, role="daemon", on_push=events.append) as daemon:
             await attach(daemon, volume_id, data)
             await client.lock(volume_id)
-            await settled(lambda: bool(events))
-            assert events == [{"event": "locked", "volume_id": volume_id}]
+            await settled(lambda: len(events) == 2)
+            assert events == [
+                {"event": "locking", "volume_id": volume_id, "deadline_ms": 200},
+                {"event": "locked", "volume_id": volume_id},
+            ]
             with pytest.raises(VolumeLocked):
                 await daemon.generate(volume_id, LOG_ID, "block", 1)
             await client.unlock(volume=data, cipher_dir="/c", secret=b"right")
+            await settled(lambda: len(events) == 3)
+            assert events[2] == {"event": "unlocked", "volume_id": volume_id}
             await daemon.generate(volume_id, LOG_ID, "block", 1)
             await client.lock(volume_id)
-            await settled(lambda: len(events) == 2)
+            await settled(lambda: len(events) == 5)
         await settled(lambda: served.server.connections == 1)
 
 
@@ -203,7 +208,7 @@ async def test_stop_forgets_tells_and_ends(serve_here: ServeHere) -> None:
         with trio.fail_after(5):
             await served.ended.wait()
             await client.lost.wait()
-        assert events == [{"event": "locked", "volume_id": volume_id}]
+        assert [event["event"] for event in events] == ["locking", "locked"]
         assert not served.socket_exists
         with pytest.raises(AgentUnavailable):
             await client.status()
@@ -221,8 +226,11 @@ BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
     ("create", {"block_size": 4096, "kind": "fake", "kdf_cost": "low", "label": "", "secret": b""}),
     ("create", {"block_size": 4096, "kind": "fake", "kdf_cost": "low", "label": "", "secret": "text"}),
     ("create", {"block_size": 4096, "kind": "fake", "kdf_cost": "low", "label": "x" * 201, "secret": b"x"}),
-    ("unlock", {"volume": b"", "cipher_dir": "/text", "secret": b"x"}),
-    ("unlock", {"volume": b"", "cipher_dir": b"/a\0b", "secret": b"x"}),
+    ("unlock", {"volume": b"", "cipher_dir": "/text", "secret": b"x", "for_s": None, "idle_s": None}),
+    ("unlock", {"volume": b"", "cipher_dir": b"/a\0b", "secret": b"x", "for_s": None, "idle_s": None}),
+    ("unlock", {"volume": b"", "cipher_dir": b"/", "secret": b"x", "for_s": 0, "idle_s": None}),
+    ("unlock", {"volume": b"", "cipher_dir": b"/", "secret": b"x", "for_s": None, "idle_s": 1 << 40}),
+    ("locked", {"volume_id": b"v" * 16, "unwritten": 0}),
     ("generate", {"volume_id": b"v" * 16, "id": LOG_ID, "purpose": "block", "count": 0}),
     ("generate", {"volume_id": b"v" * 16, "id": LOG_ID, "purpose": "block", "count": 4097}),
     ("generate", {"volume_id": b"v" * 16, "id": LOG_ID, "purpose": "block", "count": True}),
@@ -283,7 +291,8 @@ async def test_a_client_that_leaves_during_unlock_leaves_nothing_held(
         real_open = served.provider.open
         monkeypatch.setattr(served.provider, "open", slow_open)
         with raw_connection(served.path) as sock:
-            sock.send(encode_request(1, "unlock", {"volume": data, "cipher_dir": b"/c", "secret": b"right"}))
+            args = {"volume": data, "cipher_dir": b"/c", "secret": b"right", "for_s": None, "idle_s": None}
+            sock.send(encode_request(1, "unlock", args))
             await began.wait()
         await settled(lambda: served.server.connections == 0)
         go_on.set()

@@ -11,6 +11,7 @@ import pyfuse3
 
 from cryptfs.errors import Damaged
 from cryptfs.fs.volume import Volume
+from cryptfs.fuse.gate import Gate
 from cryptfs.fuse.operations import Operations
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore

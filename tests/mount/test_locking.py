@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import signal
@@ -10,26 +11,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from cryptfs.cli.mounts import wait_until
 from tests.mount.box import Box
+from tests.mount.syscalls import refused
 
 pytestmark = pytest.mark.mount
 
 PAGE = 4096
 CONTENT = bytes(range(256)) * 16 * 64
 """256 KiB."""
-
-
-@contextmanager
-def refused(code: int):  # type: ignore[no-untyped-def]
-    with pytest.raises(OSError) as caught:
-        yield
-    assert caught.value.errno == code, caught.value
 
 
 def locked(call: Callable[[], object]) -> None:
@@ -81,7 +75,7 @@ def test_after_lock_nothing_can_be_read_and_after_unlock_everything_can(box: Box
         assert os.stat(box.clear).st_mode, "the mount itself can be looked at"
         mapping.communicate(b"\n")
         assert mapping.returncode == -signal.SIGBUS
-        [volume] = __import__("json").loads(box.run("status", "--json").stdout)
+        [volume] = json.loads(box.run("status", "--json").stdout)
         assert (volume["state"], volume["daemon_pid"]) == ("locked", box.daemon_pid)
         assert "locked already" in box.run("lock", box.vault).stderr
         box.unlock()
@@ -151,20 +145,18 @@ def _is_unreadable(fd: int) -> bool:
 
 def test_writers_at_work_lose_nothing_that_they_were_told_is_safe(box: Box) -> None:
     box.mount()
-    stop = threading.Event()
     safe: dict[Path, int] = {}
+    codes: list[int | None] = []
 
     def write(path: Path) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
             for number in range(1, 1 << 16):
-                if stop.is_set():
-                    return
                 os.pwrite(fd, number.to_bytes(4, "big") * (PAGE // 4), 0)
                 os.fsync(fd)
                 safe[path] = number
         except OSError as error:
-            assert error.errno == errno.ENOKEY
+            codes.append(error.errno)
         finally:
             os.close(fd)
 
@@ -173,10 +165,10 @@ def test_writers_at_work_lose_nothing_that_they_were_told_is_safe(box: Box) -> N
         writer.start()
     assert wait_until(lambda: len(safe) == 3, 20)
     box.run("lock", box.clear)
-    stop.set()
     for writer in writers:
         writer.join(20)
         assert not writer.is_alive()
+    assert codes == [errno.ENOKEY] * 3
     box.unlock()
     box.remount()
     for path, number in safe.items():
