@@ -66,10 +66,9 @@ class Locks:
     """One per service. `forget` wipes a volume's KEKs and tells its daemon, if it has one, that they are gone."""
 
     def __init__(
-        self, keyring: Keyring, attached: Mapping[bytes, Attachment], forget: Callable[[bytes], bool], clock: Clock,
-        deadline_s: float,
-    ) -> None:  # fmt: skip
-        self._deadline_s = deadline_s
+        self, keyring: Keyring, attached: Mapping[bytes, Attachment], forget: Callable[[bytes], bool], clock: Clock
+    ) -> None:
+        self.deadline_s = DEADLINE_S
         self._keyring = keyring
         self._attached = attached
         self._forget = forget
@@ -101,9 +100,9 @@ class Locks:
             self._forget(volume_id)
             return
         log.info("locking volume %s (%s): waiting for process %d", volume_id.hex(), why, daemon.peer.pid)
-        self._closing[volume_id] = _Closing(trio.current_time() + self._deadline_s, daemon.peer)
+        self._closing[volume_id] = _Closing(trio.current_time() + self.deadline_s, daemon.peer)
         daemon.peer.post(
-            encode_push({"event": "locking", "volume_id": volume_id, "deadline_ms": int(self._deadline_s * 1000)})
+            encode_push({"event": "locking", "volume_id": volume_id, "deadline_ms": int(self.deadline_s * 1000)})
         )
         self._wake.set()
 

@@ -19,7 +19,6 @@ import trio
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.listen import listening
-from cryptfs.agent.locking import DEADLINE_S
 from cryptfs.agent.peers import credentials, describe, exe_of
 from cryptfs.agent.service import Service
 from cryptfs.agent.unlocking import Providers
@@ -69,7 +68,6 @@ class Server:
         exit_when_empty: bool = False,
         startup_grace_s: float = STARTUP_GRACE_S,
         empty_grace_s: float = EMPTY_GRACE_S,
-        lock_deadline_s: float = DEADLINE_S,
     ) -> None:
         """`state_dir` (absolute) is where what must outlive the agent is kept; made when first needed.
 
@@ -85,9 +83,9 @@ class Server:
             exit_when_empty=exit_when_empty,
             hardening=(around or Around()).hardening,
             changed=self._on_change,
-            lock_deadline_s=lock_deadline_s,
         )
         self._exe_of = (around or Around()).exe_of
+        self.locks = self._service.locks
         self._exit_when_empty = exit_when_empty
         self._startup_grace_s = startup_grace_s
         self._empty_grace_s = empty_grace_s

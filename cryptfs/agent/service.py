@@ -20,7 +20,7 @@ from cryptfs.agent.attempts import Attempts
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.keyring import Keyring
-from cryptfs.agent.locking import DEADLINE_S, TIME_MAX_S, Locks, Terms
+from cryptfs.agent.locking import TIME_MAX_S, Locks, Terms
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
 from cryptfs.agent.unlocking import NewVolume, Providers, Unlocked, create_volume, unlock_volume
 from cryptfs.crypto.secret import Secret
@@ -74,7 +74,6 @@ class Service:
     def __init__(
         self, *, providers: Providers, records: Records, audit: Auditor, random: Random, clock: Clock,
         exit_when_empty: bool, hardening: Mapping[str, str], changed: Callable[[], None],
-        lock_deadline_s: float = DEADLINE_S,
     ) -> None:  # fmt: skip
         """`changed` is called after the set of unlocked volumes may have changed."""
         self._providers = providers
@@ -91,7 +90,7 @@ class Service:
         self._attached: dict[bytes, Attachment] = {}
         self._cipher_dirs: dict[bytes, bytes] = {}
         self._kept: set[bytes] = set()
-        self.locks = Locks(self._keyring, self._attached, self._forget, clock, lock_deadline_s)
+        self.locks = Locks(self._keyring, self._attached, self._forget, clock)
         self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
         self._started_s = clock.time_ns() // 1_000_000_000
         self.stopping = trio.Event()

@@ -64,8 +64,8 @@ def serve_here(short_tmp: Path) -> ServeHere:
             exit_when_empty=empty,
             startup_grace_s=startup_grace_s,
             empty_grace_s=0.05,
-            lock_deadline_s=lock_deadline_s,
         )
+        server.locks.deadline_s = lock_deadline_s
         served = Served(str(short_tmp / "run" / "agent.sock"), server, provider)
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:

@@ -140,7 +140,7 @@ async def test_volumes_lock_themselves(
     clock = FakeClock()
     provider = FakeProvider()
     server = Server(providers={provider.kind: provider}, state_dir=str(short_tmp / "s"), random=os.urandom, clock=clock)
-    locks = server._service.locks  # the clock is turned by hand, and trio's jumps along
+    locks = server.locks
     path = str(short_tmp / "a.sock")
     autojump_clock.autojump_threshold = float("inf")
     async with trio.open_nursery() as nursery:

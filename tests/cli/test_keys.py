@@ -47,6 +47,7 @@ def test_unlock_status_lock(cryptfs: Cryptfs, vault: Path) -> None:
             "mountpoint": None,
             "state": "unlocked",
             "daemon_pid": None,
+            "locks_in_s": None,
         }
     ]
     shown = cryptfs.run("status").stdout
