@@ -1,8 +1,8 @@
 """Locking a mounted volume and unlocking it again: when, and in which order.
 
 Locking: programs get nothing more → requests that wait for the agent are given up, those of programs that write are
-made again → the kernel writes back what it has and forgets it → frames and syncs → writes are refused → the kernel
-forgets once more what came meanwhile → keys and plaintext are overwritten → the agent is told, and drops the KEK.
+made again → the kernel writes back what it has and forgets it → frames and syncs → writes are refused, and what came
+meanwhile is written → the kernel forgets once more what came meanwhile → keys and plaintext are overwritten → the agent is told, and drops the KEK.
 Until keys are overwritten the agent goes on serving this process; if that takes too long they go all the same.
 
 When the agent is gone, everything is written at once with the keys at hand. What needs no new key goes on, until the
@@ -173,6 +173,9 @@ class Locking:
 
         self._nursery.start_soon(flush)
         await done.wait()
+        # Programs went on meanwhile. What they write from here on is refused; what was taken is written, too.
+        self._gate.set(closed=True, refusing=True)
+        await self._volume.flush()
         while self._volume.unwritten():
             await trio.sleep(_RETRY_S)
             await self._volume.flush()
