@@ -2,7 +2,8 @@
 
 Locking: programs get nothing more → requests that wait for the agent are given up, those of programs that write are
 made again → the kernel writes back what it has and forgets it → frames and syncs → writes are refused, and what came
-meanwhile is written → the kernel forgets once more what came meanwhile → keys and plaintext are overwritten → the agent is told, and drops the KEK.
+meanwhile is written → the kernel forgets that, too → keys and plaintext are overwritten → the agent is told, and drops
+the KEK.
 Until keys are overwritten the agent goes on serving this process; if that takes too long they go all the same.
 
 When the agent is gone, everything is written at once with the keys at hand. What needs no new key goes on, until the

@@ -14,12 +14,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import trio
 
 from cryptfs.blocks.extents import HOME_TWIN, LOGGED, ExtentMap
-from cryptfs.errors import Damaged
+from cryptfs.errors import AgentUnavailable, Damaged, VolumeLocked
 from cryptfs.format.datafile import HEADER_BYTES, decode_data_header
 from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.format.log import KIND_FILE, LogHeader
@@ -131,8 +132,12 @@ class Journal:
 
     async def commit(self) -> None:
         """Append a frame for whatever no frame says yet. Not durable. The caller holds the file's lock alone."""
-        if self.needs_frame or self._owes_word:
+        if self.needs_frame:
             self._append(await self.log_key())
+        elif self._owes_word:
+            # Without a key the word waits: it matters after a crash only, and an epoch that ends well needs none.
+            with suppress(AgentUnavailable, VolumeLocked):
+                self._append(await self.log_key())
 
     def _append(self, key: memoryview) -> None:
         state, ctx = self.state, self.ctx
