@@ -22,6 +22,18 @@ def ask(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
     Raises `AgentUnavailable` if it does not answer or answers rubbish, `NotPermitted`, `CryptfsError` if it refuses.
     """
+    try:
+        return _ask(verb, args)
+    except (ConnectionError, EOFError):
+        # It was ending just then: it never took the request, or locked everything before it could say so.
+        pass
+    try:
+        return _ask(verb, args)
+    except (ConnectionError, EOFError) as error:
+        raise AgentUnavailable(f"the key agent does not answer: {error}") from None
+
+
+def _ask(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(PATIENCE_S)
         try:
@@ -36,6 +48,8 @@ def ask(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
         try:
             sock.sendall(encode_request(1, verb, args))
             return _answer(sock)
+        except ConnectionError:
+            raise
         except (OSError, ProtocolError) as error:
             raise AgentUnavailable(f"the key agent does not answer: {error}") from None
 
@@ -48,4 +62,4 @@ def _answer(sock: socket.socket) -> Mapping[str, Any]:
                 return answer.result
             if isinstance(answer, Failure):
                 raise CryptfsError(answer.message)
-    raise AgentUnavailable("the key agent is gone")
+    raise EOFError("it hung up")

@@ -63,6 +63,8 @@ class Journal:
         self.state = state
         self.owner = owner
         self.loaded = False
+        self.gap = False
+        """Frames of the log are lost (`log_gap`)."""
         self.log: SealedLog | None = None
         self.log_wrapped = b""
         self.kek_version = 0
@@ -430,6 +432,7 @@ class Journal:
     def adopt(self, fd: int, replayed: Replay, keep: int, blocks: ExtentMap, size: int) -> None:
         """Take the first `keep` frames (at least one) of a replayed log as what the file is."""
         ctx, state = self.ctx, self.state
+        self.gap = replayed.gap
         state.blocks = blocks
         state.size = self._framed_size = size
         self.xattrs = self._framed_xattrs = xattrs_after(replayed, keep, ctx.config.block_size)

@@ -204,6 +204,8 @@ class _Accepting:
         try:
             if not file.journal.loaded:
                 await file.journal.load()
+            if file.journal.gap:
+                raise Damaged("frame", "frames of its sidecar are damaged")
             return file.journal.last_gen
         finally:
             await files.release(attr.inode)

@@ -205,7 +205,12 @@ class Rescue:
         if spot.name:
             parent = await inode_of(self.volume, spot.above)
             node = await self.volume.inodes.dir(parent)
-            kind = next(e.kind for e in node.entries.values() if tree_name(e.sealed) == spot.name)
+            entries = (e for e in node.entries.values() if tree_name(e.sealed) == spot.name)
+            entry = next(entries, None)
+            if entry is None or entry.log_id != finding.log_id:
+                finding.action = "went with what was salvaged"
+                return
+            kind = entry.kind
             inode = self.volume.inodes.meet(ctx.store.lstat(node.fd, spot.name).st_ino, kind, finding.log_id, parent,
                                             spot.name)  # fmt: skip
         else:

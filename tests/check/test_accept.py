@@ -96,7 +96,7 @@ async def test_damage_is_never_accepted(vault: Seen, tmp_path: Path) -> None:
     assert outcome.accepted == []
     assert [change.path for change in outcome.refused] == [b"/victim"]
     await vault.mount()
-    assert await damage_of(vault.tree.read(b"victim")) == "frame"
+    assert await damage_of(vault.tree.read(b"victim")) == "rolled-back"
     await finish(vault, b"victim")
 
 

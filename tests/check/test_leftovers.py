@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cryptfs.errors import VolumeBusy, VolumeDamaged
-from cryptfs.ops.check_report import Severity, Tally
+from cryptfs.ops.check_report import Severity, Tally, What
 from cryptfs.testing.volumes import abandon
 from tests.check.lab import BLOCK, OWN, Lab, flip, summary
 
@@ -122,7 +122,8 @@ async def test_frames_after_a_damaged_one_are_used(lab: Lab) -> None:
     places = await lab.places()
     flip(lab.sidecar(places[b"/docs/a"][1]), 160 + 60)
     report = await lab.repair()
-    [finding] = report.findings
+    finding, xattrs = report.findings
+    assert xattrs.what is What.XATTRS
     original = lab.content[b"/docs/a"]
     assert isinstance(original, bytes)
     content = (await lab.read())[finding.moved_to]

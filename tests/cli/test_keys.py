@@ -162,7 +162,8 @@ def test_agent_in_the_foreground_ends_with_the_command(cryptfs: Cryptfs) -> None
         assert wait_until(is_answering, 30)
         with ended_after(cryptfs.agent_pids()):
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            # 143 if the command had not heard yet that its agent is ready, which then ends all the same.
+            assert process.wait(20) in (0, 128 + signal.SIGTERM)
 
 
 def is_answering() -> bool:

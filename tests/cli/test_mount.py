@@ -103,16 +103,19 @@ def test_a_second_mount_is_refused(cryptfs: Cryptfs, vault: Path, clear: Path) -
 def test_a_second_mount_with_another_agent_is_refused_by_the_lock(
     cryptfs: Cryptfs, vault: Path, clear: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link, other, runtime = cryptfs.root / "link", cryptfs.root / "other", cryptfs.root / "r2"
+    link, other = cryptfs.root / "link", cryptfs.root / "other"
+    runtime, state = cryptfs.root / "r2", cryptfs.root / "s2"
     for path in (link, other):
         path.mkdir()
-    runtime.mkdir(mode=0o700)
+    for path in (runtime, state):
+        path.mkdir(mode=0o700)
+    elsewhere = {"XDG_RUNTIME_DIR": str(runtime), "XDG_STATE_HOME": str(state)}
     cryptfs.run("mount", vault, clear, passphrase=PASSPHRASE)
     subprocess.run(["mount", "--bind", vault, link], check=True)  # the same directory under another name
     try:
-        ended = cryptfs.run("mount", link, other, passphrase=PASSPHRASE, env={"XDG_RUNTIME_DIR": str(runtime)}, code=14)
+        ended = cryptfs.run("mount", link, other, passphrase=PASSPHRASE, env=elsewhere, code=14)
         assert ended.stderr.startswith("error: ")
-        volumes = cryptfs.run("status", "--json", env={"XDG_RUNTIME_DIR": str(runtime)}).stdout
+        volumes = cryptfs.run("status", "--json", env=elsewhere).stdout
         assert volumes == "[]\n", "a mount that failed leaves no key behind"
     finally:
         subprocess.run(["umount", link], check=True)

@@ -158,5 +158,5 @@ def test_the_state_directory_in_the_mount_itself(mounted: Box) -> None:
     second, clear = box.root / "second", box.root / "clear2"
     clear.mkdir()
     box.run("init", "--kdf-cost", "low", second)
-    ended = box.run("mount", second, clear, env=other, code=26)
+    ended = box.run("mount", second, clear, env=other, code=27)
     assert "lies in the cryptfs mount" in ended.stderr
