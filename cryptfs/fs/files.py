@@ -182,13 +182,14 @@ class Files:
     def drop_set_id(file: FileNode) -> bool:
         """Take set-user-id and set-group-id from an open file, as its being cut by an ordinary user does.
 
-        Whether there was anything to take: then the kernel has to be told.
+        Set-group-id without group execute is no right, and stays (inode(7)). Whether there was anything to take: then the kernel has to be told.
         """
         store = file.state.ctx.store
         mode = stat.S_IMODE(store.fstat(file.state.data_fd).st_mode)
-        if not mode & (stat.S_ISUID | stat.S_ISGID):
+        taken = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
+        if not mode & taken:
             return False
-        store.fchmod(file.state.data_fd, mode & ~(stat.S_ISUID | stat.S_ISGID))
+        store.fchmod(file.state.data_fd, mode & ~taken)
         file.state.meta_unsynced = True
         return True
 
