@@ -182,7 +182,8 @@ class Files:
     def drop_set_id(file: FileNode) -> bool:
         """Take set-user-id and set-group-id from an open file, as its being cut by an ordinary user does.
 
-        Set-group-id without group execute is no right, and stays (inode(7)). Whether there was anything to take: then the kernel has to be told.
+        Set-group-id without group execute is no right, and stays (inode(7)). Whether there was anything to take: then
+        the kernel has to be told.
         """
         store = file.state.ctx.store
         mode = stat.S_IMODE(store.fstat(file.state.data_fd).st_mode)
