@@ -18,7 +18,7 @@ def harden() -> list[str]:
 
 def measures() -> dict[str, str | None]:
     """Apply every measure to this process; by name, why it could not be had, None where it is in force."""
-    return {"core_dumps": _no_core_dumps(), "dumpable": _not_dumpable(), "locked_memory": _lock_memory()}
+    return {"no_core_dumps": _no_core_dumps(), "not_dumpable": _not_dumpable(), "locked_memory": _lock_memory()}
 
 
 def _no_core_dumps() -> str | None:

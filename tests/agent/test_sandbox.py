@@ -86,7 +86,7 @@ async def test_the_agent_is_confined_and_says_so(start_agent: StartAgent) -> Non
     assert about["pid"] == pid
     assert about["audit"] is None
     assert set(about["hardening"]) == {
-        "core_dumps", "dumpable", "locked_memory", "landlock", "seccomp", "memfd_secret",
+        "no_core_dumps", "not_dumpable", "locked_memory", "landlock", "seccomp", "memfd_secret",
     }  # fmt: skip
 
 
