@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -179,16 +179,19 @@ class Files:
             inode.file.state.mtime_stale = False
 
     @staticmethod
-    def drop_set_id(file: FileNode) -> bool:
+    def drop_set_id(file: FileNode, in_group: Callable[[int], bool]) -> bool:
         """Take set-user-id and set-group-id from an open file, as its being cut by an ordinary user does.
 
-        Set-group-id without group execute is no right, and stays (inode(7)). Whether there was anything to take: then
-        the kernel has to be told.
+        Set-group-id without group execute is no right, and stays for members of the file's group (`in_group`, given the
+        gid). Whether there was anything to take: then the kernel has to be told.
         """
         store = file.state.ctx.store
-        mode = stat.S_IMODE(store.fstat(file.state.data_fd).st_mode)
-        taken = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
-        if not mode & taken:
+        st = store.fstat(file.state.data_fd)
+        mode = stat.S_IMODE(st.st_mode)
+        taken = mode & (stat.S_ISUID | stat.S_ISGID)
+        if taken & stat.S_ISGID and not mode & stat.S_IXGRP and in_group(st.st_gid):
+            taken &= ~stat.S_ISGID
+        if not taken:
             return False
         store.fchmod(file.state.data_fd, mode & ~taken)
         file.state.meta_unsynced = True

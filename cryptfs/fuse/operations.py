@@ -47,7 +47,7 @@ _CAPABILITY = b"security.capability"
 
 
 class _Groups:
-    """Whether the caller of a request is in a group, or root: who sets an ACL keeps the setgid bit only then."""
+    """Whether the caller of a request is in a group, or root: only they keep a setgid bit that others would lose."""
 
     __slots__ = ("_ctx",)
 
@@ -240,7 +240,7 @@ class Operations(pyfuse3.Operations):
             # The kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for): no setattr follows.
             try:
                 await file.truncate(0)
-                if ctx.uid != 0 and self._files.drop_set_id(file):
+                if ctx.uid != 0 and self._files.drop_set_id(file, _Groups(ctx)):
                     pyfuse3.invalidate_inode(inode, attr_only=True)
             except BaseException:
                 await self._files.release(known)
