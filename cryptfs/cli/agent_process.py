@@ -28,19 +28,27 @@ START_S = 20.0
 """How long an agent may take until it is ready, and how long to wait for another command that is starting one."""
 
 
-def is_running() -> bool:
-    """Whether something accepts connections on the agent's socket. Raises `NotPermitted` if it is not ours to use."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            with paths.socket_address(paths.agent_socket()) as address:
-                probe.connect(address)
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-        except PermissionError:
-            raise NotPermitted(f"{paths.agent_socket()} belongs to another user") from None
-        except OSError as error:
-            raise AgentUnavailable(f"{paths.agent_socket()}: {error.strerror}") from error
+def reached(sock: socket.socket) -> bool:
+    """Connect `sock`, a Unix stream socket, to the agent; False if none accepts connections.
+
+    Raises `NotPermitted` if the agent's socket is not ours to use, `AgentUnavailable`.
+    """
+    try:
+        with paths.socket_address(paths.agent_socket()) as address:
+            sock.connect(address)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    except PermissionError:
+        raise NotPermitted(f"{paths.agent_socket()} belongs to another user") from None
+    except OSError as error:
+        raise AgentUnavailable(f"{paths.agent_socket()}: {error.strerror}") from error
     return True
+
+
+def is_running() -> bool:
+    """Whether something accepts connections on the agent's socket. Raises as `reached`."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return reached(probe)
 
 
 def ensure_running() -> None:

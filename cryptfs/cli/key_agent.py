@@ -75,14 +75,9 @@ def _ask_running(request: Request[T], otherwise: T) -> T:
 def held() -> Sequence[VolumeStatus]:
     """The volumes that the agent holds a key for or that are attached to it."""
     from cryptfs.cli import plain_agent
-    from cryptfs.errors import ProtocolError
     from cryptfs.keys.agent_answers import get_volumes
 
-    result = plain_agent.ask("status", {})
-    try:
-        return () if result is None else get_volumes(result)
-    except ProtocolError as error:
-        raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
+    return plain_agent.ask("status", {}, get_volumes, ())
 
 
 def pid() -> int | None:
@@ -141,14 +136,9 @@ def unlock(
 def lock(volume_id: bytes) -> LockOutcome:
     """Make daemon and agent forget every key of the volume; how that ended."""
     from cryptfs.cli import plain_agent
-    from cryptfs.errors import ProtocolError
-    from cryptfs.keys.agent_answers import get_lock_outcome
+    from cryptfs.keys.agent_answers import LockOutcome, get_lock_outcome
 
-    result = plain_agent.ask("lock", {"volume_id": volume_id})
-    try:
-        return get_lock_outcome(result or {"was_unlocked": False, "unwritten": 0})
-    except ProtocolError as error:
-        raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
+    return plain_agent.ask("lock", {"volume_id": volume_id}, get_lock_outcome, LockOutcome(False, 0))
 
 
 def keep(volume_id: bytes, *, keep: bool) -> None:

@@ -6,45 +6,44 @@ Importing trio takes as long as everything else that `cryptfs lock` does. Only f
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from cryptfs import paths
-from cryptfs.errors import AgentUnavailable, CryptfsError, NotPermitted, ProtocolError
+from cryptfs.cli import agent_process
+from cryptfs.errors import AgentUnavailable, CryptfsError, ProtocolError
 from cryptfs.format.agent_msg import AnswerDecoder, Failure, Reply, encode_request
+
+T = TypeVar("T")
 
 PATIENCE_S = 30.0
 _RECV_BYTES = 64 << 10
 
 
-def ask(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """One request's result; None if no agent runs.
+def ask(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T], otherwise: T) -> T:
+    """One request's result, as `read` has it; `otherwise` if no agent runs.
 
-    Raises `AgentUnavailable` if it does not answer or answers rubbish, `NotPermitted`, `CryptfsError` if it refuses.
+    Raises `AgentUnavailable` if it does not answer or answers rubbish (`read` raises `ProtocolError`), `NotPermitted`,
+    `CryptfsError` if it refuses.
     """
     try:
-        return _ask(verb, args)
+        result = _ask_once(verb, args)
     except (ConnectionError, EOFError):
         # It was ending just then: it never took the request, or locked everything before it could say so.
-        pass
+        try:
+            result = _ask_once(verb, args)
+        except (ConnectionError, EOFError) as error:
+            raise AgentUnavailable(f"the key agent does not answer: {error}") from None
     try:
-        return _ask(verb, args)
-    except (ConnectionError, EOFError) as error:
-        raise AgentUnavailable(f"the key agent does not answer: {error}") from None
+        return otherwise if result is None else read(result)
+    except ProtocolError as error:
+        raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
 
 
-def _ask(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _ask_once(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(PATIENCE_S)
-        try:
-            with paths.socket_address(paths.agent_socket()) as address:
-                sock.connect(address)
-        except (FileNotFoundError, ConnectionRefusedError):
+        if not agent_process.reached(sock):
             return None
-        except PermissionError:
-            raise NotPermitted(f"{paths.agent_socket()} belongs to another user") from None
-        except OSError as error:
-            raise AgentUnavailable(f"{paths.agent_socket()}: {error.strerror}") from error
         try:
             sock.sendall(encode_request(1, verb, args))
             return _answer(sock)
