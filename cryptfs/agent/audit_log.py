@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cryptfs.agent.audit_file import Reading, Sealing, frame, mac_of, read_frames, read_whole
-from cryptfs.agent.places import covering_mount
+from cryptfs.agent.places import private_state_dir
 from cryptfs.crypto.mac import sha256
 from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.wrap import KEK_BYTES
@@ -299,17 +299,7 @@ def _sync_directory(path: str) -> None:
 
 def prepare(audit_dir: str) -> None:
     """Make the directory of all logs, in the state directory, unless it is there. Raises `AuditUnavailable`."""
-    inside = covering_mount(audit_dir)
-    if inside is not None:
-        raise AuditUnavailable(
-            f"the audit log {audit_dir} lies in the cryptfs mount {inside}: "
-            "the agent would wait for a file system that waits for the agent"
-        )
-    try:
-        private_dir(os.path.dirname(audit_dir))
-        private_dir(audit_dir)
-    except NotPermitted as error:
-        raise AuditUnavailable(str(error)) from error
+    private_state_dir(audit_dir, "the audit log", AuditUnavailable)
 
 
 def local_sealing(audit_dir: str, random: Random) -> Sealing:

@@ -21,9 +21,8 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from cryptfs.agent.places import covering_mount
-from cryptfs.errors import FreshnessUnavailable, NotPermitted, VolumeBusy
-from cryptfs.paths import private_dir
+from cryptfs.agent.places import private_state_dir
+from cryptfs.errors import FreshnessUnavailable, VolumeBusy
 from cryptfs.ports import Clock
 from cryptfs.types import DELETED, EPOCH_SHIFT, ID_BYTES
 
@@ -136,17 +135,7 @@ class Record:
         Raises `FreshnessUnavailable` if it is damaged, of another volume, or not to be read or written; `VolumeBusy` if
         another agent has it open.
         """
-        inside = covering_mount(directory)
-        if inside is not None:
-            raise FreshnessUnavailable(
-                f"the key agent's state directory {directory} lies in the cryptfs mount {inside}: "
-                "the agent would wait for a file system that waits for the agent"
-            )
-        try:
-            private_dir(os.path.dirname(directory))
-            private_dir(directory)
-        except NotPermitted as error:
-            raise FreshnessUnavailable(str(error)) from error
+        private_state_dir(directory, "the key agent's state directory", FreshnessUnavailable)
         path = os.path.join(directory, f"{volume_id.hex()}.sqlite")
         try:
             if not os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""Whether a path leads into a cryptfs mount, found out without asking that mount.
+"""Where the agent keeps what must outlive it: never in a cryptfs mount, found out without asking that mount.
 
 A mount of ours answers with keys from the agent; an agent that asked it about its own files would wait for itself.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+
+from cryptfs.errors import CryptfsError, NotPermitted
+from cryptfs.paths import private_dir
 
 _FILESYSTEM_TYPE = b"fuse.cryptfs"
 _LINKS_MAX = 40
@@ -55,3 +58,21 @@ def covering_mount(path: str, mounts: frozenset[str] | None = None) -> str | Non
         rest += [part for part in target.split("/") if part][::-1]
         here = "/" if target.startswith("/") else os.path.dirname(here)
     return None
+
+
+def private_state_dir(directory: str, called: str, refusal: type[CryptfsError]) -> None:
+    """Make `directory` and the one it lies in, mode 0700, unless they are there. `called`: what it is, for people.
+
+    Raises `refusal` if it lies in a cryptfs mount or is not ours alone.
+    """
+    inside = covering_mount(directory)
+    if inside is not None:
+        raise refusal(
+            f"{called} {directory} lies in the cryptfs mount {inside}: "
+            "the agent would wait for a file system that waits for the agent"
+        )
+    try:
+        private_dir(os.path.dirname(directory))
+        private_dir(directory)
+    except NotPermitted as error:
+        raise refusal(str(error)) from error
