@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 import time
-from logging.handlers import RotatingFileHandler
 
 import trio
 
@@ -27,12 +26,10 @@ from cryptfs.agent.server import Around, Server
 from cryptfs.agent.unlocking import Providers
 from cryptfs.errors import CryptfsError, UsageError
 from cryptfs.paths import private_dir, state_path
+from cryptfs.private_log import PrivateLog
 from cryptfs.roots.passphrase import PassphraseProvider
 
 log = logging.getLogger("cryptfs.agent")
-
-LOG_BYTES = 1 << 20
-LOGS_KEPT = 3
 
 
 class SystemClock:
@@ -148,7 +145,7 @@ def _log_to(path: str | None, *, foreground: bool) -> None:
     handler: logging.Handler
     if path is not None:
         try:
-            handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOGS_KEPT, encoding="utf-8")
+            handler = PrivateLog(path)
         except OSError as error:
             raise UsageError(f"cannot write the log file {path}: {error.strerror}") from error
     elif foreground:

@@ -7,21 +7,11 @@ import logging
 import os
 import resource
 import sys
-from io import TextIOWrapper
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from cryptfs.private_log import PrivateLog
+
 _PR_SET_DUMPABLE = 4
-LOG_BYTES = 1 << 20
-LOGS_KEPT = 3
-
-
-class _PrivateLog(RotatingFileHandler):
-    """Every file of it has mode 0600, whatever the umask: the daemon's is that of the mount."""
-
-    def _open(self) -> TextIOWrapper:
-        fd = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        return open(fd, "a", encoding="utf-8")
 
 
 def open_log(path: Path | None) -> None:
@@ -31,8 +21,7 @@ def open_log(path: Path | None) -> None:
         handler = logging.StreamHandler(sys.stderr)
     else:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        handler = _PrivateLog(path, maxBytes=LOG_BYTES, backupCount=LOGS_KEPT, encoding="utf-8")
+        handler = PrivateLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
