@@ -16,7 +16,6 @@ from cryptfs.crypto.secret import Secret
 SLOT_BYTES = 64
 POOL_BYTES = 16 << 10
 _MEMFD_SECRET = 447
-_O_CLOEXEC = os.O_CLOEXEC
 
 
 class SecretMemory:
@@ -27,7 +26,7 @@ class SecretMemory:
         self._view: memoryview | None = None
         self._free: list[int] = []
         libc = ctypes.CDLL(None, use_errno=True)
-        fd = libc.syscall(_MEMFD_SECRET, _O_CLOEXEC)
+        fd = libc.syscall(_MEMFD_SECRET, os.O_CLOEXEC)
         if fd < 0:
             self.why_not = f"no memfd_secret: {os.strerror(ctypes.get_errno())}"
             return

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import trio
@@ -445,3 +445,13 @@ def key_runs(header: LogHeader) -> list[KeyRun]:
         KeyRun(header.log_id, Purpose.LOG_DIR, header.kek_version, (header.log_wrapped,)),
         KeyRun(header.log_id, Purpose.NAMES, header.kek_version, (header.names_wrapped,)),
     ]
+
+
+@contextmanager
+def pinned(node: DirNode) -> Iterator[None]:
+    """Keep a directory's descriptors while something is awaited."""
+    node.pins += 1
+    try:
+        yield
+    finally:
+        node.pins -= 1

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from cryptfs.crypto.mac import mac, same, sha256
 from cryptfs.errors import Damaged
-from cryptfs.format.log import FOOT_BYTES, HEAD_BYTES, HEAD_MAGIC, Head, decode_head
-from cryptfs.fs.sealed_log import Replay
+from cryptfs.format.log import HEAD_BYTES, HEAD_MAGIC, Head, decode_head
+from cryptfs.fs.sealed_log import Replay, intact_payload, is_authentic
 from cryptfs.types import Buffer
 
 Settled = Callable[[int], bool]
@@ -69,11 +68,9 @@ def _chains(replayed: Replay, mac_key: Buffer) -> Iterator[Replay]:
             before = chain.heads[-1] if chain.heads else None
             if before is not None and (head.prev_mac != before.mac or head.generation <= before.generation):
                 break
-            payload = view[end + HEAD_BYTES : end + head.frame_bytes - FOOT_BYTES]
-            intact = len(payload) == head.payload_len and sha256(payload) == head.payload_sha256
-            end += head.frame_bytes
             chain.heads.append(head)
-            chain.payloads.append(payload if intact else None)
+            chain.payloads.append(intact_payload(view, end, head))
+            end += head.frame_bytes
             chain.ends.append(end)
         if chain.heads:
             chain.tail = max(0, len(raw) - end)
@@ -87,4 +84,4 @@ def _head_at(replayed: Replay, mac_key: Buffer, at: int) -> Head | None:
         head = decode_head(replayed.raw[at : at + HEAD_BYTES])
     except Damaged:
         return None
-    return head if same(mac(mac_key, replayed.header.log_id, head.signed()), head.mac) else None
+    return head if is_authentic(head, replayed.header.log_id, mac_key) else None

@@ -11,8 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cryptfs.errors import Damaged
@@ -20,7 +20,7 @@ from cryptfs.format.datafile import DataHeader
 from cryptfs.format.dirlog import Entry
 from cryptfs.fs.attr_log import make_attr_log
 from cryptfs.fs.context import FsContext, log, write_all
-from cryptfs.fs.directory import DirNode
+from cryptfs.fs.directory import DirNode, pinned
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.files import Attr, Files, kind_of, without_links
 from cryptfs.fs.inodes import Inode, InodeTable
@@ -156,7 +156,7 @@ class Namespace:
         out: list[tuple[int, bytes]] = []
         for parent, names_below in below.items():
             node = self.inodes.dir_nowait(parent) or await self.inodes.dir(parent)
-            with _pinned(node):
+            with pinned(node):
                 sealed = {tree_name(s): s for s in node.entries}
                 wanted = [sealed[name] for name in names_below if name in sealed]
                 names = (await node.keys()).names
@@ -415,7 +415,7 @@ class Namespace:
             if entry.kind != Kind.DIR:
                 raise os_error(errno.ENOTDIR)
             inode, child = await self._child(parent, node, entry)
-            with _pinned(child):
+            with pinned(child):
                 async with child.lock.exclusive():
                     await self._rmdir(parent, node, entry, inode, child)
         finally:
@@ -459,7 +459,7 @@ class Namespace:
             replaced: tuple[Inode, DirNode] | None = None
             if dst is not None and flags != RENAME_EXCHANGE:
                 replaced = await self._may_replace(new, target, src, dst)
-            with _pinned(replaced[1] if replaced is not None else target):
+            with pinned(replaced[1] if replaced is not None else target):
                 await self._rename(old, new, source, target, src, dst, dst_sealed, flags, replaced)
         finally:
             self._changed(source)
@@ -716,16 +716,6 @@ class Namespace:
         if inode is not None:
             inode.last_st = without_links(st)
             self.inodes.release(inode)
-
-
-@contextmanager
-def _pinned(node: DirNode) -> Iterator[None]:
-    """Keep a directory's descriptors while something is awaited."""
-    node.pins += 1
-    try:
-        yield
-    finally:
-        node.pins -= 1
 
 
 def _check_name(name: bytes) -> None:

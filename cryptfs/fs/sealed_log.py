@@ -84,11 +84,9 @@ def parse(raw: bytes) -> Replay:
         if head.prev_mac != prev or head.generation <= generation:
             break
         end = at + head.frame_bytes
-        payload = view[at + HEAD_BYTES : end - FOOT_BYTES]
-        intact = len(payload) == head.payload_len and sha256(payload) == head.payload_sha256
         # A payload that is torn or cut has its place all the same: what is written next goes behind it.
         out.heads.append(head)
-        out.payloads.append(payload if intact else None)
+        out.payloads.append(intact_payload(view, at, head))
         out.ends.append(end)
         at, prev, generation = end, head.mac, head.generation
     out.tail = max(0, len(raw) - at)
@@ -96,11 +94,23 @@ def parse(raw: bytes) -> Replay:
     return out
 
 
+def intact_payload(view: memoryview, at: int, head: Head) -> memoryview | None:
+    """The payload of the frame at `at` of a log's bytes; None if it is not the one its head says."""
+    payload = view[at + HEAD_BYTES : at + head.frame_bytes - FOOT_BYTES]
+    intact = len(payload) == head.payload_len and sha256(payload) == head.payload_sha256
+    return payload if intact else None
+
+
+def is_authentic(head: Head, log_id: bytes, mac_key: Buffer) -> bool:
+    """Whether a log's key vouches for a head."""
+    return same(mac(mac_key, log_id, head.signed()), head.mac)
+
+
 def authenticate(parsed: Replay, mac_key: Buffer) -> Replay:
     """Keep what the log key vouches for; what follows is tail. Never raises: the caller judges by what is missing."""
     log_id = parsed.header.log_id
     for i, head in enumerate(parsed.heads):
-        if not same(mac(mac_key, log_id, head.signed()), head.mac):
+        if not is_authentic(head, log_id, mac_key):
             start = parsed.ends[i - 1] if i else HEADER_BYTES
             parsed.tail += parsed.ends[-1] - start
             del parsed.heads[i:], parsed.payloads[i:], parsed.ends[i:]

@@ -25,6 +25,7 @@ from cryptfs.format.xattrs import NAME_MAX_BYTES, SET_MAX_BYTES, VALUE_MAX_BYTES
 from cryptfs.fs import acl
 from cryptfs.fs.attr_log import find_attr_log, write_xattrs
 from cryptfs.fs.context import FsContext
+from cryptfs.fs.directory import pinned
 from cryptfs.fs.files import Changes, Files
 from cryptfs.fs.history import XATTRS_LOST
 from cryptfs.fs.inodes import Inode, InodeTable
@@ -119,10 +120,6 @@ class Xattrs:
     async def names(self, inode: Inode, *, trusted: bool) -> list[bytes]:
         """Names in ascending order; those in `trusted.` only if asked for."""
         return [name for name in await self._values(inode) if trusted or not name.startswith(TRUSTED)]
-
-    async def all(self, inode: Inode) -> Values:
-        """The whole set as it is kept: an access ACL's mask is the mode's."""
-        return await self._values(inode)
 
     async def _values(self, inode: Inode) -> Values:
         return await open_set(self.ctx, inode.log_id, await self._sealed(inode))
@@ -270,8 +267,7 @@ class Xattrs:
         if inode.last_st is not None:
             raise _error(errno.ENOENT)
         node = self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)
-        node.pins += 1
-        try:
+        with pinned(node):
             async with node.lock.exclusive():
                 if node.removed:
                     raise _error(errno.ENOENT)
@@ -279,8 +275,6 @@ class Xattrs:
                 node.set_xattrs((await node.keys()).log_key, xattrs)
                 node.settled()
                 await self.files.touch(inode)
-        finally:
-            node.pins -= 1
 
     async def _edit_other(self, inode: Inode, edit: Edit) -> None:
         if inode.last_st is not None:

@@ -205,14 +205,12 @@ class Rescue:
         if spot.name:
             parent = await inode_of(self.volume, spot.above)
             node = await self.volume.inodes.dir(parent)
-            entries = (e for e in node.entries.values() if tree_name(e.sealed) == spot.name)
-            entry = next(entries, None)
+            entry = next((e for e in node.entries.values() if tree_name(e.sealed) == spot.name), None)
             if entry is None or entry.log_id != finding.log_id:
                 finding.action = "went with what was salvaged"
                 return
-            kind = entry.kind
-            inode = self.volume.inodes.meet(ctx.store.lstat(node.fd, spot.name).st_ino, kind, finding.log_id, parent,
-                                            spot.name)  # fmt: skip
+            ino = ctx.store.lstat(node.fd, spot.name).st_ino
+            inode = self.volume.inodes.meet(ino, entry.kind, finding.log_id, parent, spot.name)
         else:
             inode = self.volume.root
         if inode.kind is not Kind.DIR:

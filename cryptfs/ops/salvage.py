@@ -14,24 +14,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from cryptfs.blocks.extents import DURABLE, Extent, ExtentMap
-from cryptfs.crypto.mac import mac, same, sha256
 from cryptfs.errors import Damaged
-from cryptfs.format.log import FOOT_BYTES, HEAD_BYTES, HEADER_BYTES, KIND_FILE, SNAPSHOT, Head, decode_head
+from cryptfs.format.log import HEAD_BYTES, HEAD_MAGIC, HEADER_BYTES, KIND_FILE, SNAPSHOT, Head, decode_head
 from cryptfs.format.sidecar import Sealed, decode_sidecar
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
 from cryptfs.fs.files import Changes
 from cryptfs.fs.history import POISON, build_map, xattrs_after
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.namespace import Owner
-from cryptfs.fs.sealed_log import authenticate, parse, read_log
+from cryptfs.fs.sealed_log import authenticate, intact_payload, is_authentic, parse, read_log
 from cryptfs.fs.state import FileState
 from cryptfs.fs.volume import Volume
 from cryptfs.fs.xattr import open_set
 from cryptfs.ops.blocks import BlockReader
 from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose
-
-_HEAD_MAGIC = b"CFF0"
 
 Place = Callable[[], Awaitable[tuple[Inode, bytes]]]
 """Where a salvaged file goes: its directory and a name that is free there."""
@@ -105,18 +102,17 @@ async def read_records(ctx: FsContext, file_id: bytes) -> Records:
 def _surviving_frames(raw: bytes, file_id: bytes, log_key: bytearray | None) -> list[tuple[Head, bytes]]:
     """Frames whose payload fits its digest, wherever they start, oldest first; given a key, only authentic ones."""
     out: list[tuple[Head, bytes]] = []
+    view = memoryview(raw)
     at = HEADER_BYTES if len(raw) >= HEADER_BYTES else 0
-    while (at := raw.find(_HEAD_MAGIC, at)) >= 0:
+    while (at := raw.find(HEAD_MAGIC, at)) >= 0:
         try:
             head = decode_head(raw[at : at + HEAD_BYTES])
         except Damaged:
             at += 1
             continue
-        payload = raw[at + HEAD_BYTES : at + head.frame_bytes - FOOT_BYTES]
-        intact = len(payload) == head.payload_len and sha256(payload) == head.payload_sha256
-        authentic = log_key is None or same(mac(log_key, file_id, head.signed()), head.mac)
-        if intact and authentic:
-            out.append((head, payload))
+        payload = intact_payload(view, at, head)
+        if payload is not None and (log_key is None or is_authentic(head, file_id, log_key)):
+            out.append((head, bytes(payload)))
             at += head.frame_bytes
         else:
             at += 1

@@ -42,17 +42,22 @@ for _ in range(rounds):
 """
 
 
+def end_well(started: list[subprocess.Popen[bytes]]) -> None:
+    """All of them end, with 0."""
+    try:
+        assert [process.wait(TIMEOUT_S) for process in started] == [0] * len(started)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize("kind", ["flock", "posix", "ofd"])
 def test_locks_exclude(here: Path, kind: str) -> None:
     path = here / "counter"
     path.write_bytes(bytes(8))
     started = [subprocess.Popen([sys.executable, "-c", COUNT, path, kind, str(ROUNDS)]) for _ in range(PROCESSES)]
-    try:
-        assert [process.wait(TIMEOUT_S) for process in started] == [0] * PROCESSES
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    end_well(started)
     assert struct.unpack("<q", path.read_bytes()) == (PROCESSES * ROUNDS,)
 
 
@@ -170,12 +175,7 @@ def test_appends_of_several_processes_are_all_there(here: Path) -> None:
         "for n in range(200): os.write(fd, (sys.argv[2] + ' ' + str(n) + ' ' + 'x' * (n * 13 % 300) + '\\n').encode())"
     )
     started = [subprocess.Popen([sys.executable, "-c", code, path, str(n)]) for n in range(PROCESSES)]
-    try:
-        assert [process.wait(TIMEOUT_S) for process in started] == [0] * PROCESSES
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    end_well(started)
     lines = path.read_text("ascii").splitlines()
     expected = {f"{who} {n} {'x' * (n * 13 % 300)}" for who in range(PROCESSES) for n in range(200)}
     assert len(lines) == len(expected)
