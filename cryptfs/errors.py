@@ -15,12 +15,13 @@
     +-- NotPermitted               20   another user's agent, socket or volume
     +-- Damaged                    21   one entry, file or block is not what was written (EIO on it alone)
     +-- ProtocolError              22   a message that breaks the agent protocol
-    +-- Denied                     23   a policy of the agent refuses the request
+    +-- Denied                     23   a policy of the agent, or a root key's holder, refuses
     +-- Repaired                   24   damage was found and put right: `check --repair` ends with it, nothing raises it
     +-- (VolumeDamaged) RolledBack 25   an older state of the volume than this machine has seen
     +-- FreshnessUnavailable       26   the record of what this machine has seen cannot be read or written
     +-- AuditUnavailable           27   the audit log cannot be read or written, so what must be on it is refused
     +-- AuditDamaged               28   the audit log was changed: lines edited, removed, reordered, or files missing
+    +-- BackendUnavailable         30   a root key's holder (token, module, service) cannot be reached
 
 The numbers are part of the command line's contract (docs/CLI_ABI.md): never reused, never renumbered. This module
 imports nothing; only `cli` turns an error into advice, only `fuse` into an errno.
@@ -125,7 +126,7 @@ class ProtocolError(CryptfsError):
 
 
 class Denied(CryptfsError):
-    """A policy of the agent refuses the request."""
+    """A policy of the agent refuses the request, or the holder of a root key does: key gone, PIN locked."""
 
     exit_code = 23
 
@@ -158,3 +159,9 @@ class AuditDamaged(CryptfsError):
     """The audit log is not what was written: lines were edited, removed or reordered, or files are missing."""
 
     exit_code = 28
+
+
+class BackendUnavailable(CryptfsError):
+    """What holds a root key cannot be reached now: a token that is not plugged in, a module that does not load."""
+
+    exit_code = 30

@@ -51,6 +51,14 @@ def state_path() -> str:
     return os.path.join(base, "cryptfs")
 
 
+def config_path() -> str:
+    """Where the user's configuration of cryptfs is, if there is any; touches nothing."""
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(base, "cryptfs")
+
+
 def private_dir(path: str) -> str:
     """Make `path` (and what is missing above it) with mode 0700, or check that it is ours alone; return it.
 

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(fuse3 libfuse3-dev pkg-config gcc libc6-dev python3 python3-dev python3-venv gocryptfs sqlite3 git attr
-    acl libcap2-bin make rsync vim-tiny)
+    acl libcap2-bin make rsync softhsm2 vim-tiny)
 torture_packages=(stress-ng fio postgresql)
 
 say() { printf 'install: %s\n' "$*"; }
