@@ -46,7 +46,8 @@ class FreshKeys:
 class Kit:
     """Everything a file (or directory) that does not exist yet needs: used for exactly one, then gone.
 
-    `names_key`/`names_wrapped` (64/72 bytes) are set for directories only, `deks` for files only.
+    `names_key`/`names_wrapped` (64/72 bytes) are set for directories only, `deks` for files only. The views are good
+    until the next `await` of whoever took the kit; after it, `FsContext.log_key_of` has the log key.
     """
 
     log_id: bytes

@@ -138,8 +138,7 @@ async def write_xattrs(ctx: FsContext, log_id: bytes, known: AttrLog | None, xat
 async def make_attr_log(ctx: FsContext, log_id: bytes, xattrs: Sealed | None) -> None:
     """The first sidecar of a special file, durable when this returns. Raises OSError, key errors."""
     made = await ctx.keys.generate(log_id, Purpose.LOG_FILE, 1)
-    if made.wiped:
-        raise Damaged("wrap", "keys expired while a sidecar was made")
+    # No await from here until the frame is written: the key is good.
     where = ctx.sidecar_dir(log_id)
     header = LogHeader(KIND_FILE, made.kek_version, log_id, made.wrapped[0])
     payload = SidecarPayload(xattrs=xattrs, xattrs_gone=xattrs is None)

@@ -18,7 +18,7 @@ from cryptfs.errors import Damaged
 from cryptfs.format.datafile import DataHeader
 from cryptfs.format.state import State
 from cryptfs.fs.freshness import Freshness
-from cryptfs.ports import Clock, DekProvider, KeyRun, Random, Store
+from cryptfs.ports import Clock, DekProvider, KeyRun, Kit, Random, Store
 from cryptfs.types import EPOCH_SHIFT, Purpose, epoch_of
 
 log = logging.getLogger("cryptfs")
@@ -113,6 +113,14 @@ class FsContext:
             return key
         run = KeyRun(bytes(16), Purpose.VOLUME, config.volume_key_kek, (config.volume_key_wrapped,))
         return (await self.keys.unwrap([run]))[0][0]
+
+    async def log_key_of(self, kit: Kit) -> memoryview:
+        """The log key of a kit that was taken some awaits ago; good until the next await."""
+        key = self.keys.peek(kit.log_wrapped)
+        if key is not None:
+            return key
+        purpose = Purpose.LOG_FILE if kit.names_wrapped is None else Purpose.LOG_DIR
+        return (await self.keys.unwrap([KeyRun(kit.log_id, purpose, kit.kek_version, (kit.log_wrapped,))]))[0][0]
 
     def sign_header(self, volume_key: memoryview, header: DataHeader) -> bytes:
         """A data file's first 64 bytes."""

@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import DataHeader
@@ -216,6 +216,8 @@ class Namespace:
             if node.xattrs is not None:
                 mode, values = await inherited(ctx, node.dir_id, node.xattrs, mode, directory=True)
                 xattrs = await seal_set(ctx, kit.log_id, values)
+                # Its keys may have been wiped meanwhile, and a log under a key of zeros would be lost.
+                kit = replace(kit, log_key=await ctx.log_key_of(kit))
             tmp, built = ctx.dir_fd(b"tmp"), kit.log_id.hex().encode()
             store.mkdir(tmp, built)
             fd, made = -1, None

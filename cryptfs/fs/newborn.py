@@ -52,10 +52,11 @@ async def rebuild_directory(ctx: FsContext, ino: int, fd: int, dir_id: bytes) ->
 
 async def kit_for(ctx: FsContext, dir_id: bytes) -> Kit:
     """A kit for an id that already has a name: keys are bound to the id, so stock will not do."""
-    names = await ctx.keys.generate(dir_id, Purpose.NAMES, 1)
-    log_keys = await ctx.keys.generate(dir_id, Purpose.LOG_DIR, 1)
-    if names.wiped:
-        raise Damaged("wrap", "keys expired while a directory was rebuilt")
-    return Kit(
-        dir_id, log_keys.kek_version, log_keys.keys[0], log_keys.wrapped[0], names.keys[0], names.wrapped[0], None
-    )
+    while True:
+        names = await ctx.keys.generate(dir_id, Purpose.NAMES, 1)
+        log_keys = await ctx.keys.generate(dir_id, Purpose.LOG_DIR, 1)
+        # A log's header has one KEK version for both.
+        if names.kek_version == log_keys.kek_version:
+            break
+    # Of the names key only the wrap is needed here; the key itself may have been wiped since it was made.
+    return Kit(dir_id, log_keys.kek_version, log_keys.keys[0], log_keys.wrapped[0], None, names.wrapped[0], None)

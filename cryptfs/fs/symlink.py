@@ -40,20 +40,19 @@ def decode_target_text(text: bytes) -> tuple[bytes, int]:
 
 async def write_target(ctx: FsContext, kit: Kit, target: bytes) -> None:
     """Create the sidecar that holds `target` (1 … 4095 bytes). Raises OSError, key errors."""
-    made = await ctx.keys.generate(kit.log_id, Purpose.ATTR, 1)
-    log_key = ctx.keys.peek(kit.log_wrapped)
-    if log_key is None:
-        log_key = (await ctx.keys.unwrap([KeyRun(kit.log_id, Purpose.LOG_FILE, kit.kek_version, (kit.log_wrapped,))]))[
-            0
-        ][0]
-    if made.wiped:
-        raise Damaged("wrap", "keys expired while a symlink was made")
-    generation = ctx.next_generation()
-    sealed = seal_attr(made.keys[0], ATTR_TARGET, ctx.config.volume_id, kit.log_id, generation, target)
-    payload = SidecarPayload(target=Sealed(generation, made.kek_version, made.wrapped[0], sealed))
-    header = LogHeader(KIND_FILE, kit.kek_version, kit.log_id, kit.log_wrapped)
-    frame = Frame(generation, 0, len(target), payload.encode())
-    log = SealedLog.create(ctx.store, ctx.sidecar_dir(kit.log_id), sidecar_name(kit.log_id), header, log_key, frame)
+    # A copy: the cache may wipe its own while the other key is made, and asking again could go on for ever.
+    log_key = bytearray(await ctx.log_key_of(kit))
+    try:
+        made = await ctx.keys.generate(kit.log_id, Purpose.ATTR, 1)
+        # No await between here and the end: the new key is good.
+        generation = ctx.next_generation()
+        sealed = seal_attr(made.keys[0], ATTR_TARGET, ctx.config.volume_id, kit.log_id, generation, target)
+        payload = SidecarPayload(target=Sealed(generation, made.kek_version, made.wrapped[0], sealed))
+        header = LogHeader(KIND_FILE, kit.kek_version, kit.log_id, kit.log_wrapped)
+        frame = Frame(generation, 0, len(target), payload.encode())
+        log = SealedLog.create(ctx.store, ctx.sidecar_dir(kit.log_id), sidecar_name(kit.log_id), header, log_key, frame)
+    finally:
+        log_key[:] = bytes(len(log_key))
     ctx.store.close(log.fd)
     ctx.freshness.wrote(kit.log_id, generation)
 

@@ -61,9 +61,8 @@ async def seal_set(ctx: FsContext, log_id: bytes, values: Mapping[bytes, bytes])
     """Under a new key; None for an empty set. Raises key errors."""
     if not values:
         return None
+    # No await after this one: the key is good.
     made = await ctx.keys.generate(log_id, Purpose.ATTR, 1)
-    if made.wiped:
-        raise Damaged("wrap", "keys expired while xattrs were set")
     generation = ctx.next_generation()
     sealed = seal_attr(
         made.keys[0], ATTR_XATTRS, ctx.config.volume_id, log_id, generation, encode_xattrs(values)

@@ -161,10 +161,10 @@ class KeyCache:
 
     async def unwrap(self, runs: Sequence[KeyRun]) -> list[list[memoryview]]:
         """See `DekProvider.unwrap`."""
-        used_up = False
+        again = False
         while True:
             self._check_open()
-            missing = [(run, [w for w in run.wrapped if used_up or w not in self._slots]) for run in runs]
+            missing = [(run, [w for w in run.wrapped if again or w not in self._slots]) for run in runs]
             flying = next((self._in_flight[w] for _, ws in missing for w in ws if w in self._in_flight), None)
             if flying is not None:
                 await flying.wait()
@@ -179,9 +179,10 @@ class KeyCache:
                 out.append([v for v in views if v is not None])
             if all(len(o) == len(r.wrapped) for o, r in zip(out, runs, strict=True)):
                 return out
-            # A key expired between the look and the answer: ask for it too. Where uses are counted, looking again
-            # would use the others up: ask for all of them.
-            used_up = self.policy.max_uses is not None
+            # A key expired between the look and the answer. Ask for all of them at once: where uses are counted,
+            # looking again would use the others up, and where a key lives no longer than a round trip takes, asking
+            # for the one would cost another, for ever.
+            again = True
 
     async def warm(self, runs: Sequence[KeyRun]) -> None:
         """See `DekProvider.warm`."""

@@ -54,7 +54,9 @@ class SampleVolume:
 
     async def open(self, store: Store, *, keys: DekProvider | None = None, read_only: bool = False) -> OpenVolume:
         """As a daemon does. Raises what `open_volume` raises."""
-        return await open_volume(self.config, store, keys or self.keys(), self.clock, self.random, read_only=read_only)
+        if keys is None:  # an empty cache is false
+            keys = self.keys()
+        return await open_volume(self.config, store, keys, self.clock, self.random, read_only=read_only)
 
     def _volume_file(self, block_size: int) -> bytes:
         _, volume_key = self.kek.fresh(ZERO_ID, Purpose.VOLUME, 1)
