@@ -21,6 +21,7 @@
     +-- FreshnessUnavailable       26   the record of what this machine has seen cannot be read or written
     +-- AuditUnavailable           27   the audit log cannot be read or written, so what must be on it is refused
     +-- AuditDamaged               28   the audit log was changed: lines edited, removed, reordered, or files missing
+    +-- ShredSecretMissing         29   the volume's shred secret is not where it should be, or is another one
     +-- BackendUnavailable         30   a root key's holder (token, module, service) cannot be reached
 
 The numbers are part of the command line's contract (docs/CLI_ABI.md): never reused, never renumbered. This module
@@ -159,6 +160,12 @@ class AuditDamaged(CryptfsError):
     """The audit log is not what was written: lines were edited, removed or reordered, or files are missing."""
 
     exit_code = 28
+
+
+class ShredSecretMissing(CryptfsError):
+    """The secret that the volume's KEKs need besides a protector is gone, not given, or another volume's."""
+
+    exit_code = 29
 
 
 class BackendUnavailable(CryptfsError):

@@ -219,12 +219,12 @@ class Store(Protocol):
 class RootKey(Protocol):
     """A root key at hand, derived or remote: wraps KEKs. Only the agent's process ever has one. Calls may block."""
 
-    def wrap(self, kek: Buffer, context: bytes) -> bytes:
-        """`kek` (32 bytes) wrapped and bound to `context` (the AAD of FORMAT.md §3)."""
+    def wrap(self, key: Buffer, context: bytes) -> bytes:
+        """`key` (32 or 40 bytes) wrapped, at most 4096 bytes, and bound to `context` (the AAD of FORMAT.md §3)."""
         ...
 
     def unwrap(self, wrapped: bytes, context: bytes) -> bytearray:
-        """The KEK (32 bytes, for the caller to wipe).
+        """The key (32 or 40 bytes, for the caller to wipe).
 
         Raises `WrongSecret` if it was not wrapped by this root key under this context ("not mine": the caller goes on
         to the next protector); `CryptfsError` of another kind if the root key's holder fails.
@@ -249,8 +249,12 @@ class RootProvider(Protocol):
         """Whether the root key's holder is reached by sockets other than Unix ones: if not, the agent has none."""
         ...
 
-    def new_params(self, cost: str) -> dict[str, int | str | bytes]:
-        """Parameters for a new protector; `cost` is low, normal or high. Raises `UsageError` for any other."""
+    def new_params(self, wish: Mapping[str, int | str | bytes]) -> dict[str, int | str | bytes]:
+        """Parameters for a new protector, as its owner wishes it.
+
+        Each kind knows what can be wished for (a passphrase: `cost`, low, normal or high). Raises `UsageError` for
+        anything else.
+        """
         ...
 
     def open(self, params: Mapping[str, int | str | bytes], secret: Buffer) -> RootKey:

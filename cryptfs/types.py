@@ -50,6 +50,7 @@ class Purpose(enum.StrEnum):
     NAMES = "names"
     VOLUME = "volume"
     VOLUME_MAC = "volume-mac"
+    SHRED = "shred"
 
 
 class Kind(enum.IntEnum):

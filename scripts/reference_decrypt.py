@@ -130,8 +130,8 @@ def root_key_keks(protector: dict[str, Any], volume_id: bytes, passphrase: bytes
     return keks
 
 
-VOLUME_KEYS = ["block_size", "created_s", "features", "kek_version", "protectors"]
-VOLUME_KEYS += ["root_dir_id", "serial", "volume_id", "volume_key"]
+VOLUME_KEYS = ["block_size", "created_s", "features", "kek_version", "policy", "protectors"]
+VOLUME_KEYS += ["root_dir_id", "serial", "shred", "volume_id", "volume_key"]
 
 
 def read_volume(raw: bytes, passphrase: bytes) -> tuple[Keys, bytes]:
@@ -143,6 +143,8 @@ def read_volume(raw: bytes, passphrase: bytes) -> tuple[Keys, bytes]:
     body = unpack(raw[16:-32])
     check(isinstance(body, dict) and sorted(body) == VOLUME_KEYS, "volume file's keys")
     check(body["features"] == [], f"features {body['features']}")
+    if body["shred"] is not None:
+        sys.exit("error: the volume has a shred secret, which this program does not know how to ask for")
     size = body["block_size"]
     check(is_int(size, 4096, 1 << 20) and size & (size - 1) == 0, "block size")
     check(len(body["volume_id"]) == len(body["root_dir_id"]) == 16, "ids")

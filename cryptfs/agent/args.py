@@ -18,13 +18,14 @@ LOGS_MAX = 1024
 """Most logs one request may record or ask about: a few milliseconds for everybody else."""
 FILES_MAX = 4096
 """Most files of an audit log that are listed."""
+PLAIN_MAX = 4096
 VERSION_MAX = (1 << 32) - 1
 BLOCK_MAX = (1 << 63) - 1
 SEQUENCE_MAX = (1 << 63) - 1
 
-# Nobody may have the agent make or unwrap keys of these: the one is derived, never wrapped; who had one of the other
-# could write the audit log.
-_AGENTS_OWN = frozenset({Purpose.VOLUME_MAC, Purpose.LOG_AUDIT})
+# Nobody may have the agent make or unwrap keys of these: the first is derived, never wrapped; who had one of the second
+# could write the audit log; the third is no purpose of a KEK's at all.
+_AGENTS_OWN = frozenset({Purpose.VOLUME_MAC, Purpose.LOG_AUDIT, Purpose.SHRED})
 _PURPOSES: Mapping[str, Purpose] = {p.value: p for p in Purpose if p not in _AGENTS_OWN}
 _WIDTHS = {purpose: wrapped_bytes(purpose) for purpose in Purpose}
 
@@ -93,6 +94,17 @@ def get_packed(args: Args, name: str, width: int) -> bytes:
 def get_sequence(args: Args, name: str) -> int:
     """A sequence number of `state`."""
     return get_int(args, name, 0, SEQUENCE_MAX)
+
+
+def get_plain_map(args: Args, name: str) -> dict[str, int | str | bytes]:
+    """A map of short names to ints, strs and bins of at most 4096 characters or bytes."""
+    value = args[name]
+    if type(value) is not dict or any(
+        type(key) is not str or type(item) not in (int, str, bytes) or (type(item) is not int and len(item) > PLAIN_MAX)
+        for key, item in value.items()
+    ):
+        raise ProtocolError(f"{name} must be a map of plain values")
+    return value
 
 
 def get_purpose(args: Args, name: str) -> Purpose:

@@ -32,6 +32,7 @@ from cryptfs.agent.audit_log import (
     local_sealing,
     prepare,
 )
+from cryptfs.agent.audit_rewrap import rewrap_files
 from cryptfs.crypto.secret import Secret
 from cryptfs.errors import AuditUnavailable, CryptfsError, VolumeLocked
 from cryptfs.format.audit import Touched, encode_line
@@ -51,7 +52,12 @@ _SELF_TOLD = frozenset({"create", "unlock"})
 """They call `unlocked` before the KEK is held."""
 _GUARDED = frozenset({"attach", "generate", "kits", "unwrap", "keep"})
 """Refused if they cannot be recorded."""
-_CHANGES = frozenset({"accept", "accept-volume", "policy"})
+_CHANGES = frozenset(
+    {
+        "accept", "accept-volume", "policy-set", "protector-add", "protector-remove", "protector-change", "rotate-kek",
+        "destroy-keks", "commit", "shred",
+    }
+)  # fmt: skip
 """Recorded before they are done, and again with their outcome."""
 
 Detail = Mapping[str, str | int | bool]
@@ -146,6 +152,15 @@ class Auditor:
         opened = self._volumes.get(volume_id)
         if opened is not None:
             opened.reseal(Sealing(keks, kek_version, volume_id))
+
+    async def rewrap(self, volume_id: bytes, kek_version: int, keks: Mapping[int, Secret]) -> None:
+        """The KEKs older than this one are about to be destroyed: keep the volume's log readable.
+
+        Raises `AuditUnavailable`: then they must not be.
+        """
+        directory = os.path.join(self.directory, volume_id.hex())
+        async with self._opening:
+            await trio.to_thread.run_sync(rewrap_files, directory, Sealing(keks, kek_version, volume_id))
 
     def unlocked(self, peer: AuditedPeer, verb: str, volume_id: bytes, detail: Detail) -> None:
         """Record an unlock, with where the agent's log ends. Raises `AuditUnavailable`."""
@@ -279,6 +294,15 @@ def _detail_of(verb: str, args: Mapping[str, Any]) -> Detail:
         return {name.replace("_", "-"): os.fsdecode(args[name]) for name in ("cipher_dir", "mountpoint")}
     if verb in ("detach", "keep"):
         return {"keep": bool(args["keep"])}
+    if verb in ("protector-add", "protector-change"):
+        return {"kind": str(args["kind"]), "label": str(args["label"])}
+    if verb == "protector-remove":
+        return {"protector": args["protector_id"].hex()}
+    if verb == "policy-set":
+        return {name.replace("_", "-"): value for name, value in args["policy"].items()}
+    if verb == "commit":
+        volume = parse_volume(args["volume"])
+        return {"serial": volume.serial, "kek-version": volume.kek_version}
     return {}
 
 

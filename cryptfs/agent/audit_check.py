@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from cryptfs.agent.audit_file import Reading, Sealing, read_frames, read_whole
+from cryptfs.agent.audit_file import Reading, Sealing, key_beside, read_frames, read_whole
 from cryptfs.agent.audit_log import file_name
 from cryptfs.errors import AuditUnavailable, Damaged, VolumeLocked
 from cryptfs.format.audit import AuditLine, decode_line
@@ -38,9 +38,12 @@ def check_file(directory: str, number: int, sealing: Sealing, end: int | None) -
     report = _Report()
     reading = Reading()
     try:
-        key = sealing.key_of(decode_header(raw[:HEADER_BYTES]))
+        header = decode_header(raw[:HEADER_BYTES])
+        key = sealing.key_of(header) or key_beside(path, header, sealing)
     except Damaged:
         key = None
+    except OSError as error:
+        raise AuditUnavailable(f"{path}: {error.strerror}") from error
     except ValueError:
         raise VolumeLocked("the volume was locked meanwhile") from None
     if key is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cryptfs.crypto.mac import MAC_BYTES, mac, same, sha256
 from cryptfs.crypto.secret import Secret
@@ -33,6 +33,8 @@ from cryptfs.format.log import (
 )
 from cryptfs.types import WRAPPED_BYTES, Buffer, Purpose
 
+KEY_SUFFIX = ".key"
+"""Added to a file's name: where its key is wrapped under a later KEK (`audit_rewrap`)."""
 FILE_MAX_BYTES = 64 << 20
 """Larger ones are not read: none is ever written that is much longer than `audit_log.FILE_BYTES`."""
 
@@ -58,9 +60,33 @@ class Sealing:
         key = unwrap_keys(wrapper, header.log_wrapped, WRAPPED_BYTES)
         return None if key is None else Secret.of(key)
 
+    def is_newest(self, path: str) -> bool:
+        """Whether the key of the file at `path` is wrapped under the newest KEK beside it."""
+        beside = _read_beside(path)
+        return beside is not None and beside[0] == self.kek_version
+
     def _wrapper(self, kek_version: int, log_id: bytes) -> bytes:
         kek = self.keks[kek_version].view()
         return wrapping_key(kek, Purpose.LOG_AUDIT, self.volume_id, log_id, kek_version)
+
+
+def key_beside(path: str, header: LogHeader, sealing: Sealing) -> Secret | None:
+    """The key of the file at `path`, whose own KEK is destroyed, from what lies beside it; None if nothing fits there.
+
+    Raises OSError.
+    """
+    beside = _read_beside(path)
+    return None if beside is None else sealing.key_of(replace(header, kek_version=beside[0], log_wrapped=beside[1]))
+
+
+def _read_beside(path: str) -> tuple[int, bytes] | None:
+    try:
+        fd = os.open(path + KEY_SUFFIX, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(4 + WRAPPED_BYTES + 1)
+    return (int.from_bytes(data[:4], "big"), data[4:]) if len(data) == 4 + WRAPPED_BYTES else None
 
 
 def frame(key: Buffer, log_id: bytes, generation: int, prev_mac: bytes, line: bytes, *, first: bool = False) -> bytes:

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from cryptfs.agent.audit_file import Reading, Sealing, frame, mac_of, read_frames, read_whole
+from cryptfs.agent.audit_file import KEY_SUFFIX, Reading, Sealing, frame, key_beside, mac_of, read_frames, read_whole
 from cryptfs.agent.places import private_state_dir
 from cryptfs.crypto.mac import sha256
 from cryptfs.crypto.secret import Secret
@@ -234,7 +234,10 @@ class AuditLog:
         self._write(line.encode())
         os.fdatasync(self._fd)
         for number in surplus:
-            os.unlink(os.path.join(self.directory, file_name(number)))
+            path = os.path.join(self.directory, file_name(number))
+            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + KEY_SUFFIX)
 
     # opening ---------------------------------------------------------------------------------------------------
 
@@ -248,7 +251,7 @@ class AuditLog:
         try:
             raw = read_whole(path)
             header = decode_header(raw[:HEADER_BYTES])
-            key = self.sealing.key_of(header)
+            key = self.sealing.key_of(header) or key_beside(path, header, self.sealing)
         except Damaged:
             raw, header, key = b"", None, None
         reading = Reading()

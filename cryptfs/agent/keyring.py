@@ -57,6 +57,29 @@ class Keyring:
         """The volume's KEKs, the keyring's to wipe. Raises `VolumeLocked`."""
         return self._of(volume_id).keks
 
+    def pend(self, volume_id: bytes, kek_version: int, kek: Secret) -> None:
+        """Take over a KEK version that is to be used once it is `settled`; one pending before is wiped.
+
+        Raises `VolumeLocked`; `ValueError` if the version is in use.
+        """
+        held = self._of(volume_id)
+        if kek_version <= held.kek_version:
+            raise ValueError("a KEK version in use is not replaced")
+        before = held.keks.get(kek_version)
+        held.keks = {**held.keks, kek_version: kek if self._memory is None else self._memory.moved(kek)}
+        if before is not None:
+            before.wipe()
+
+    def settle(self, volume_id: bytes, volume: Volume) -> None:
+        """Use the KEK versions that the authenticated `volume` has, and wipe all others. Raises `VolumeLocked`."""
+        held = self._of(volume_id)
+        wanted = volume_versions(volume)
+        gone = [kek for version, kek in held.keks.items() if version not in wanted]
+        held.keks = {version: kek for version, kek in held.keks.items() if version in wanted}
+        held.kek_version = volume.kek_version
+        for kek in gone:
+            kek.wipe()
+
     def forget(self, volume_id: bytes) -> bool:
         """Wipe the volume's KEKs; False if none were held."""
         held = self._held.pop(volume_id, None)
@@ -137,6 +160,12 @@ class Keyring:
         keys = self._random(size * count)
         wrapper = wrapping_key(held.keks[held.kek_version].view(), purpose, volume_id, log_id, held.kek_version)
         return keys, wrap_keys(wrapper, [keys[start : start + size] for start in range(0, len(keys), size)])
+
+
+def volume_versions(volume: Volume) -> frozenset[int]:
+    """The KEK versions a volume's protectors hold; of an ephemeral one, the newest."""
+    held = [kek.kek_version for kek in volume.protectors[0].keks] if volume.protectors else []
+    return frozenset({*held, volume.kek_version})
 
 
 def authenticate(volume: Volume, data: bytes, keks: Mapping[int, Secret]) -> None:

@@ -21,6 +21,7 @@ from cryptfs.agent.freshness import Records
 from cryptfs.agent.listen import listening
 from cryptfs.agent.peers import credentials, describe, exe_of
 from cryptfs.agent.service import Service
+from cryptfs.agent.shred_store import ShredStore
 from cryptfs.agent.unlocking import Providers
 from cryptfs.errors import ProtocolError
 from cryptfs.format.agent_msg import Request, RequestDecoder, encode_failure
@@ -77,6 +78,7 @@ class Server:
         self._service = Service(
             providers=providers,
             audit=self.audit,
+            shred=ShredStore(os.path.join(state_dir, "shred")),
             records=Records(os.path.join(state_dir, "fresh"), clock),
             random=random,
             clock=clock,

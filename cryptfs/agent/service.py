@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from contextlib import ExitStack, nullcontext
+from typing import Any, TypeVar
 
 import trio
 
@@ -18,13 +19,17 @@ from cryptfs.agent import args as arg
 from cryptfs.agent.args import Args
 from cryptfs.agent.attempts import Attempts
 from cryptfs.agent.audit import Auditor
+from cryptfs.agent.edit_verbs import SECRET_MAX_BYTES, Editing, get_new_protector, get_policy, get_shred_secret
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.keyring import Keyring
 from cryptfs.agent.locking import TIME_MAX_S, Locks, Terms
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
-from cryptfs.agent.unlocking import NewVolume, Providers, Unlocked, create_volume, unlock_volume
+from cryptfs.agent.shred_store import KIND as SHRED_KIND
+from cryptfs.agent.shred_store import ShredStore
+from cryptfs.agent.unlocking import Key, NewVolume, Providers, Unlocked, create_volume, unlock_volume
 from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.secret_memory import SecretMemory
+from cryptfs.crypto.shred import SECRET_BYTES as SHRED_SECRET_BYTES
 from cryptfs.errors import (
     AuditUnavailable,
     CryptfsError,
@@ -32,6 +37,7 @@ from cryptfs.errors import (
     FreshnessUnavailable,
     ProtocolError,
     RolledBack,
+    ShredSecretMissing,
     UnsupportedFormat,
     UsageError,
     VolumeBusy,
@@ -42,11 +48,12 @@ from cryptfs.errors import (
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Request, encode_failure, encode_push, encode_reply
 from cryptfs.format.volume import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, FILE_MAX_BYTES, LABEL_MAX_CHARS, parse_volume
 from cryptfs.ports import Clock, Random
-from cryptfs.types import Purpose
+from cryptfs.types import ID_BYTES, Purpose
 
 log = logging.getLogger(__name__)
 
-SECRET_MAX_BYTES = 64 << 10
+T = TypeVar("T")
+
 KDF_AT_ONCE = 1
 """A KDF may take a gigabyte: one at a time, the others wait."""
 
@@ -56,11 +63,12 @@ _CODES: tuple[tuple[type[CryptfsError], str], ...] = (
     (RolledBack, "rolled-back"),
     (FreshnessUnavailable, "freshness"),
     (AuditUnavailable, "audit"),
+    (ShredSecretMissing, "shred-secret"),
     (VolumeDamaged, "damaged"),
     (UnsupportedFormat, "unsupported"),
     (Denied, "denied"),
     (ProtocolError, "protocol"),
-    (UsageError, "protocol"),
+    (UsageError, "usage"),
     (VolumeBusy, "busy"),
 )
 
@@ -71,9 +79,9 @@ _LOG_PURPOSES = frozenset({Purpose.LOG_FILE, Purpose.LOG_DIR})
 class Service:
     """The verbs, on one keyring."""
 
-    def __init__(
-        self, *, providers: Providers, records: Records, audit: Auditor, random: Random, clock: Clock,
-        exit_when_empty: bool, hardening: Mapping[str, str], changed: Callable[[], None],
+    def __init__(  # noqa: PLR0913 - what the verbs work on
+        self, *, providers: Providers, records: Records, audit: Auditor, shred: ShredStore, random: Random,
+        clock: Clock, exit_when_empty: bool, hardening: Mapping[str, str], changed: Callable[[], None],
     ) -> None:  # fmt: skip
         """`changed` is called after the set of unlocked volumes may have changed."""
         self._providers = providers
@@ -86,6 +94,7 @@ class Service:
         self._keyring = Keyring(random, memory)
         self._records = records
         self._audit = audit
+        self._shred = shred
         self._attempts = Attempts()
         self._attached: dict[bytes, Attachment] = {}
         self._cipher_dirs: dict[bytes, bytes] = {}
@@ -94,6 +103,10 @@ class Service:
         self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
         self._started_s = clock.time_ns() // 1_000_000_000
         self.stopping = trio.Event()
+        self._editing = Editing(
+            keyring=self._keyring, records=records, audit=audit, attached=self._attached, providers=providers,
+            shred=shred, random=random, clock=clock, in_thread=self._in_kdf_thread,
+        )  # fmt: skip
         self._inline: Mapping[str, Callable[[Args], dict[str, Any]]] = {
             "unwrap": self._unwrap,
             "generate": self._generate,
@@ -115,7 +128,9 @@ class Service:
             "attach": self._attach,
             "unwrap": self._unwrap_first,
             "audit": audit.verb_audit,
+            "shred": self._shred_volume,
             **Recording(self._keyring, records, self._attached).verbs,
+            **self._editing.verbs,
         }
 
     @property
@@ -197,45 +212,90 @@ class Service:
         return {"version": PROTOCOL_VERSION, "pid": os.getpid(), "started_s": self._started_s}
 
     async def _create(self, peer: Peer, args: Args) -> dict[str, Any]:
-        arg.expect(args, "block_size", "kind", "kdf_cost", "label", "secret")
+        arg.expect(args, "block_size", "kind", "wish", "label", "secret", "policy", "shred_kind", "shred_secret")
+        now_s = self._clock.time_ns() // 1_000_000_000
         new = NewVolume(
             block_size=arg.get_int(args, "block_size", BLOCK_SIZE_MIN, BLOCK_SIZE_MAX),
-            kind=arg.get_text(args, "kind", LABEL_MAX_CHARS),
-            cost=arg.get_text(args, "kdf_cost", LABEL_MAX_CHARS),
-            label=arg.get_text(args, "label", LABEL_MAX_CHARS),
-            created_s=self._clock.time_ns() // 1_000_000_000,
+            protector=get_new_protector(args, now_s) if args["kind"] else None,
+            created_s=now_s,
+            policy=get_policy(args, "policy"),
+            shred_kind=arg.get_text(args, "shred_kind", LABEL_MAX_CHARS),
         )
         if new.block_size.bit_count() != 1:
             raise ProtocolError("block_size must be a power of two")
-        unlocked = await self._with_secret(
-            args, lambda secret: create_volume(new, secret, self._providers, self._random)
+        shred = self._new_shred_secret(new, get_shred_secret(args))
+        secret = Secret.of(arg.get_bytes(args, "secret", 1 if new.protector is not None else 0, SECRET_MAX_BYTES))
+        copy = None if shred is None else Secret.of(shred.view())
+        unlocked: Unlocked = await self._with_secret(
+            secret, copy, lambda: create_volume(new, secret, self._providers, self._random, copy)
         )
+        if shred is not None:
+            with shred:
+                if new.shred_kind == SHRED_KIND:
+                    # Durable before the volume is: no volume may need a secret that a crash took.
+                    await trio.to_thread.run_sync(self._shred.put, unlocked.volume.volume_id, shred.view())
         await self._on_record(peer, "create", unlocked, {})
-        self._hold(unlocked, b"", Terms())
+        self._hold(unlocked, b"", Terms(new.policy.for_s, new.policy.idle_s))
         return {"volume": unlocked.data}
 
+    def _new_shred_secret(self, new: NewVolume, given: bytes) -> Secret | None:
+        """The shred secret of a volume to be made: made here if the agent is to keep it, else the one given."""
+        if not new.shred_kind:
+            return None
+        if new.protector is None:
+            raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
+        if new.shred_kind == SHRED_KIND:
+            return Secret.of(self._random(SHRED_SECRET_BYTES))
+        if not given:
+            raise ProtocolError("a shred secret that the agent does not keep must be given")
+        return Secret.of(given)
+
     async def _unlock(self, peer: Peer, args: Args) -> dict[str, Any]:
-        arg.expect(args, "volume", "cipher_dir", "secret", "for_s", "idle_s")
-        terms = Terms(_time(args, "for_s"), _time(args, "idle_s"))
+        names = ("volume", "cipher_dir", "secret", "for_s", "idle_s", "kind", "protector_id", "shred_secret")
+        arg.expect(args, *names)
+        for_s, idle_s = _time(args, "for_s"), _time(args, "idle_s")
         data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
         cipher_dir = arg.get_path(args, "cipher_dir")
-        async with self._attempts.next(parse_volume(data).volume_id) as failures:
-            unlocked = await self._with_secret(args, lambda secret: unlock_volume(data, secret, self._providers))
+        kind = arg.get_text(args, "kind", LABEL_MAX_CHARS)
+        protector_id = arg.get_bytes(args, "protector_id", 0, ID_BYTES)
+        given = get_shred_secret(args)
+        volume = parse_volume(data)
+        async with self._attempts.next(volume.volume_id) as failures:
+            secret = Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES))
+            with ExitStack() as stack:
+                shred = self._editing.shred_secret(volume, given, stack)
+                stack.pop_all()
+            key = Key(secret, kind, protector_id)
+            unlocked: Unlocked = await self._with_secret(
+                secret, shred, lambda: unlock_volume(data, key, self._providers, shred)
+            )
+        policy = unlocked.volume.policy
+        terms = Terms(policy.for_s if for_s is None else for_s, policy.idle_s if idle_s is None else idle_s)
         said: dict[str, str | int | bool] = {"cipher-dir": os.fsdecode(cipher_dir), "failures-before": failures}
         said |= {name: s for name, s in (("for-s", terms.for_s), ("idle-s", terms.idle_s)) if s is not None}
         await self._on_record(peer, "unlock", unlocked, said)
         self._hold(unlocked, cipher_dir, terms)
         return {"volume_id": unlocked.volume.volume_id, "kek_version": unlocked.volume.kek_version}
 
-    async def _with_secret(self, args: Args, work: Callable[[Secret], Unlocked]) -> Unlocked:
-        secret = Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES))
-
+    async def _with_secret(self, secret: Secret, shred: Secret | None, work: Callable[[], Unlocked]) -> Unlocked:
         def in_thread() -> Unlocked:
             # Wiped by the thread: if the client leaves, the thread outlives the request.
-            with secret:
-                return work(secret)
+            with secret, shred or nullcontext():
+                return work()
 
-        return await trio.to_thread.run_sync(in_thread, abandon_on_cancel=True, limiter=self._kdf_limit)
+        return await self._in_kdf_thread(in_thread)
+
+    async def _in_kdf_thread(self, work: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._kdf_limit)
+
+    async def _shred_volume(self, peer: Peer, args: Args) -> dict[str, Any]:
+        """Destroy the shred secret that lies here, and lock the volume, whatever its daemon says."""
+        arg.expect(args, "volume_id")
+        volume_id = arg.get_id(args, "volume_id")
+        # Before the lock: if we die in between, the secret is gone and so is the agent's memory.
+        destroyed = await trio.to_thread.run_sync(self._shred.destroy, volume_id)
+        await self.locks.lock(volume_id, f"process {peer.pid} shreds it")
+        return {"destroyed": destroyed}
 
     async def _on_record(self, peer: Peer, verb: str, unlocked: Unlocked, said: Mapping[str, str | int | bool]) -> None:
         """Open the volume's audit log and say there that it is unlocked; if that fails, it must not be.

@@ -54,13 +54,15 @@ def init(
 ) -> None:
     """Make a volume in DIR, which is created or must be empty."""
     from cryptfs.cli import key_agent
+    from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 
     sources = passphrase.choose(passfile, passfd, extpass)
     cipher_dir = Path(os.path.realpath(dir))
     _check_empty(cipher_dir)
     secret = passphrase.ask_new() if sources.is_prompt else sources.read()
     with ui.waiting("making the volume"), _all_or_nothing(cipher_dir):
-        key_agent.create_volume(cipher_dir, block_size=block_size, kdf_cost=kdf_cost, label=label, secret=secret)
+        protector = ProtectorWish("passphrase", label, secret, {"cost": kdf_cost})
+        key_agent.create_volume(cipher_dir, VolumeWish(block_size, protector))
     ui.done(f"{cipher_dir} is a volume now; `cryptfs mount {cipher_dir} MOUNTPOINT` shows what is in it")
 
 

@@ -18,6 +18,7 @@ from cryptfs.errors import AgentUnavailable
 if TYPE_CHECKING:
     from cryptfs.keys.agent_client import AgentClient, LockOutcome, VolumeStatus
     from cryptfs.keys.audit_requests import About
+    from cryptfs.keys.edit_requests import VolumeWish
 
 T = TypeVar("T")
 Request = Callable[["AgentClient"], Awaitable[T]]
@@ -155,10 +156,10 @@ def stop() -> None:
     _ask_running(lambda client: client.stop(), None)
 
 
-def create_volume(cipher_dir: Path, *, block_size: int, kdf_cost: str, label: str, secret: bytes) -> None:
+def create_volume(cipher_dir: Path, new: VolumeWish) -> None:
     """Make a new volume in the empty directory `cipher_dir`; it is locked again afterwards.
 
-    Raises `AgentUnavailable`, `StoreFailed`, `Denied`.
+    Raises `AgentUnavailable`, `StoreFailed`, `Denied`, `UsageError`, and what the root key's holder raises.
     """
     import trio
 
@@ -166,9 +167,7 @@ def create_volume(cipher_dir: Path, *, block_size: int, kdf_cost: str, label: st
     from cryptfs.format.volume import parse_volume
 
     async def request(client: AgentClient) -> None:
-        volume_file = await client.create(
-            block_size=block_size, kind="passphrase", kdf_cost=kdf_cost, label=label, secret=secret
-        )
+        volume_file = await client.create(new)
         volume_id = parse_volume(volume_file).volume_id
         try:
             await lay_out(cipher_dir, volume_file, volume_id, client)

@@ -15,6 +15,7 @@ from typing import Any
 import msgpack
 
 from cryptfs.errors import UnsupportedFormat, VolumeDamaged
+from cryptfs.format.policy import NO_POLICY, Policy, parse_policy
 from cryptfs.types import ID_BYTES, WRAPPED_BYTES
 
 MAGIC = b"CRYPTFS\0"
@@ -25,10 +26,16 @@ BODY_MAX_BYTES = 1 << 20
 FILE_MAX_BYTES = HEADER_BYTES + BODY_MAX_BYTES + MAC_BYTES
 BLOCK_SIZE_MIN = 4096
 BLOCK_SIZE_MAX = 1 << 20
-KNOWN_FEATURES: frozenset[str] = frozenset()
+EPHEMERAL = "ephemeral"
+"""The feature of a volume without protectors: its KEK is never stored."""
+KNOWN_FEATURES: frozenset[str] = frozenset({EPHEMERAL})
 
 PASSPHRASE = "passphrase"  # noqa: S105 - the protector kind's name
-PASSPHRASE_WRAPPED_BYTES = 60
+SEALED_KEK_BYTES = frozenset({32, 40})
+"""What a root key wraps: a KEK, or one that is wrapped under the shred secret (RFC 3394) before."""
+PASSPHRASE_OVERHEAD_BYTES = 28
+"""Nonce and tag."""
+SHRED_CHECK_BYTES = 16
 SALT_BYTES = 16
 MEMORY_KIB_MAX = 2 << 20
 """2 GiB: a volume that asks for more is refused before the KDF runs."""
@@ -55,8 +62,11 @@ _VOLUME_KEYS = (
     "root_dir_id",
     "kek_version",
     "volume_key",
+    "policy",
+    "shred",
     "protectors",
 )
+_SHRED_KEYS = ("kind", "params", "check")
 _PROTECTOR_KEYS = ("id", "kind", "label", "created_s", "params", "keks")
 
 
@@ -91,8 +101,20 @@ class Protector:
 
 
 @dataclass(frozen=True, slots=True)
+class ShredSecret:
+    """Where the secret lies that every KEK needs besides a protector; `check` (16 bytes) tells it from others."""
+
+    kind: str
+    params: Mapping[str, ParamValue]
+    check: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Volume:
-    """What the `volume` file says. Ids have 16 bytes, `block_size` is in bytes, `created_s` Unix time."""
+    """What the `volume` file says. Ids have 16 bytes, `block_size` is in bytes, `created_s` Unix time.
+
+    `protectors` is empty for an ephemeral volume only. `shred` is None if a protector alone leads to the KEKs.
+    """
 
     volume_id: bytes
     serial: int
@@ -103,6 +125,13 @@ class Volume:
     kek_version: int
     volume_key: WrappedKey
     protectors: tuple[Protector, ...]
+    policy: Policy = NO_POLICY
+    shred: ShredSecret | None = None
+
+    @property
+    def ephemeral(self) -> bool:
+        """Whether the KEK is never stored."""
+        return EPHEMERAL in self.features
 
 
 def split_mac(data: bytes) -> tuple[bytes, bytes]:
@@ -125,6 +154,10 @@ def encode_volume(volume: Volume) -> bytes:
             "root_dir_id": volume.root_dir_id,
             "kek_version": volume.kek_version,
             "volume_key": [volume.volume_key.kek_version, volume.volume_key.wrapped],
+            "policy": volume.policy.encode(),
+            "shred": None
+            if volume.shred is None
+            else {"kind": volume.shred.kind, "params": dict(volume.shred.params), "check": volume.shred.check},
             "protectors": [
                 {
                     "id": protector.protector_id,
@@ -195,7 +228,9 @@ def _volume(body: dict[str, Any]) -> Volume:
     block_size = _int(body["block_size"], BLOCK_SIZE_MIN, BLOCK_SIZE_MAX, "block_size")
     _require(block_size.bit_count() == 1, "block_size is no power of two")
     protectors = body["protectors"]
-    _require(type(protectors) is list and 1 <= len(protectors) <= PROTECTORS_MAX, "protectors is no list of them")
+    least = 0 if EPHEMERAL in features else 1
+    _require(type(protectors) is list and len(protectors) <= PROTECTORS_MAX, "protectors is no list of them")
+    _require(least <= len(protectors) <= PROTECTORS_MAX * least, "it has protectors where it must not, or none")
     volume = Volume(
         volume_id=_bytes(body["volume_id"], ID_BYTES, "volume_id"),
         serial=_int(body["serial"], 0, U63_MAX, "serial"),
@@ -206,18 +241,43 @@ def _volume(body: dict[str, Any]) -> Volume:
         kek_version=_int(body["kek_version"], 1, U32_MAX, "kek_version"),
         volume_key=_wrapped_key(body["volume_key"], WRAPPED_BYTES, WRAPPED_BYTES, "volume_key"),
         protectors=tuple(_protector(protector) for protector in protectors),
+        policy=parse_policy(body["policy"]),
+        shred=_shred(body["shred"]),
     )
     _require(
         len({protector.protector_id for protector in volume.protectors}) == len(volume.protectors),
         "two protectors have one id",
     )
     for protector in volume.protectors:
-        versions = {kek.kek_version for kek in protector.keks}
+        versions = [kek.kek_version for kek in protector.keks]
         _require(
-            volume.kek_version in versions and volume.volume_key.kek_version in versions,
-            "a protector lacks a KEK version that is in use",
+            versions[-1] == volume.kek_version and volume.volume_key.kek_version in versions,
+            "a protector lacks a KEK version that is in use, or has one that is not yet",
+        )
+        _require(
+            versions == [kek.kek_version for kek in volume.protectors[0].keks], "protectors hold different KEK versions"
         )
     return volume
+
+
+def _shred(body: object) -> ShredSecret | None:
+    if body is None:
+        return None
+    if not isinstance(body, dict):
+        raise VolumeDamaged("the volume file is damaged: shred is no map")
+    _keys(body, _SHRED_KEYS, "shred")
+    return ShredSecret(
+        _text(body["kind"], "shred's kind"),
+        _params(body["params"], "shred's params"),
+        _bytes(body["check"], SHRED_CHECK_BYTES, "shred's check"),
+    )
+
+
+def _params(value: object, what: str) -> Mapping[str, ParamValue]:
+    plain = (int, str, bytes)
+    if not isinstance(value, dict) or any(type(k) is not str or type(v) not in plain for k, v in value.items()):
+        raise VolumeDamaged(f"the volume file is damaged: {what} are no map of plain values")
+    return MappingProxyType(value)
 
 
 def _protector(body: object) -> Protector:
@@ -225,12 +285,6 @@ def _protector(body: object) -> Protector:
     if not isinstance(body, dict):
         raise VolumeDamaged("the volume file is damaged: a protector is no map")
     _keys(body, _PROTECTOR_KEYS, where)
-    params = body["params"]
-    _require(
-        type(params) is dict
-        and all(type(key) is str and type(value) in (int, str, bytes) for key, value in params.items()),
-        "a protector's params are no map of plain values",
-    )
     keks = body["keks"]
     _require(type(keks) is list and 1 <= len(keks) <= KEK_VERSIONS_MAX, "a protector's keks are no list of them")
     protector = Protector(
@@ -238,7 +292,7 @@ def _protector(body: object) -> Protector:
         kind=_text(body["kind"], "a protector's kind"),
         label=_text(body["label"], "a protector's label"),
         created_s=_int(body["created_s"], 0, U63_MAX, "a protector's created_s"),
-        params=MappingProxyType(params),
+        params=_params(body["params"], "a protector's params"),
         keks=tuple(_wrapped_key(kek, 1, WRAPPED_MAX_BYTES, "a wrapped KEK") for kek in keks),
     )
     versions = [kek.kek_version for kek in protector.keks]
@@ -246,7 +300,7 @@ def _protector(body: object) -> Protector:
     if protector.kind == PASSPHRASE:
         parse_passphrase(protector.params)
         _require(
-            all(len(kek.wrapped) == PASSPHRASE_WRAPPED_BYTES for kek in protector.keks),
+            all(len(kek.wrapped) - PASSPHRASE_OVERHEAD_BYTES in SEALED_KEK_BYTES for kek in protector.keks),
             "a wrapped KEK has a wrong length",
         )
     return protector

@@ -27,7 +27,9 @@ from cryptfs.errors import (
     NotPermitted,
     ProtocolError,
     RolledBack,
+    ShredSecretMissing,
     UnsupportedFormat,
+    UsageError,
     VolumeBusy,
     VolumeDamaged,
     VolumeLocked,
@@ -48,6 +50,7 @@ from cryptfs.keys.agent_answers import (
     get_lock_outcome,
     get_volumes,
 )
+from cryptfs.keys.edit_requests import KDF_PATIENCE_TICKS, VolumeWish
 from cryptfs.paths import socket_address
 from cryptfs.sending import Sender
 from cryptfs.types import DEK_BYTES, ID_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
@@ -64,8 +67,6 @@ LINGERS_IN_A_ROW = 16
 TICK_S = 10.0
 PATIENCE_TICKS = 2
 """A request unanswered for this many ticks means that the agent hangs."""
-KDF_PATIENCE_TICKS = 60
-"""For requests that run a KDF, perhaps behind another one."""
 
 _ERRORS: Mapping[str, type[CryptfsError]] = {
     "locked": VolumeLocked,
@@ -78,6 +79,8 @@ _ERRORS: Mapping[str, type[CryptfsError]] = {
     "busy": VolumeBusy,
     "freshness": FreshnessUnavailable,
     "audit": AuditUnavailable,
+    "shred-secret": ShredSecretMissing,
+    "usage": UsageError,
     "internal": AgentUnavailable,
 }
 _UCRED = struct.Struct("iII")
@@ -260,12 +263,9 @@ class AgentClient:
                 raise ProtocolError(f"not protocol version {PROTOCOL_VERSION}")
             return get_int(result, "pid")
 
-    async def create(
-        self, *, block_size: int, kind: str, kdf_cost: str, label: str, secret: bytes | bytearray
-    ) -> bytes:
+    async def create(self, new: VolumeWish) -> bytes:
         """A new volume: the bytes of its whole `volume` file. The agent holds its KEK afterwards."""
-        args = {"block_size": block_size, "kind": kind, "kdf_cost": kdf_cost, "label": label, "secret": bytes(secret)}
-        result = await self.request("create", args, patience_ticks=KDF_PATIENCE_TICKS)
+        result = await self.request("create", new.args(), patience_ticks=KDF_PATIENCE_TICKS)
         with self.rubbish_is_loss():
             return get_bin(result, "volume")
 
@@ -275,14 +275,20 @@ class AgentClient:
         volume: bytes,
         cipher_dir: str,
         secret: bytes | bytearray,
+        kind: str = "",
+        protector_id: bytes = b"",
+        shred_secret: bytes | bytearray = b"",
         for_s: int | None = None,
         idle_s: int | None = None,
     ) -> tuple[bytes, int]:
         """Unlock with a secret: (volume id, KEK version). `volume` is the whole file's bytes.
 
-        It is locked again `for_s` seconds from now, or when no key was asked for in `idle_s`; None: not so.
+        The secret is tried on all protectors of `kind`, or of every kind if that is empty; or on the one of an id.
+        `shred_secret`: 32 bytes, where the volume has one that the agent does not keep. It is locked again `for_s`
+        seconds from now, or when no key was asked for in `idle_s`; None: as its policy says.
 
-        Raises `WrongSecret`; `VolumeDamaged` if the secret is right but the file was changed; `UnsupportedFormat`.
+        Raises `WrongSecret`; `VolumeDamaged` if the secret is right but the file was changed; `UnsupportedFormat`,
+        `ShredSecretMissing`.
         """
         args = {
             "volume": volume,
@@ -290,6 +296,9 @@ class AgentClient:
             "secret": bytes(secret),
             "for_s": for_s,
             "idle_s": idle_s,
+            "kind": kind,
+            "protector_id": protector_id,
+            "shred_secret": bytes(shred_secret),
         }
         result = await self.request("unlock", args, patience_ticks=KDF_PATIENCE_TICKS)
         with self.rubbish_is_loss():

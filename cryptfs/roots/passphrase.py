@@ -15,7 +15,14 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from cryptfs.crypto.secret import Secret
 from cryptfs.errors import CryptfsError, UsageError, WrongSecret
-from cryptfs.format.volume import PASSPHRASE, PASSPHRASE_WRAPPED_BYTES, SALT_BYTES, PassphraseParams, parse_passphrase
+from cryptfs.format.volume import (
+    PASSPHRASE,
+    PASSPHRASE_OVERHEAD_BYTES,
+    SALT_BYTES,
+    SEALED_KEK_BYTES,
+    PassphraseParams,
+    parse_passphrase,
+)
 from cryptfs.ports import Random
 from cryptfs.types import Buffer
 
@@ -50,22 +57,22 @@ class PassphraseRoot:
         self._root_key = root_key
         self._random = random
 
-    def wrap(self, kek: Buffer, context: bytes) -> bytes:
-        """60 bytes: `nonce[12] || ciphertext and tag[48]`."""
+    def wrap(self, key: Buffer, context: bytes) -> bytes:
+        """28 bytes more: `nonce[12] || ciphertext and tag`."""
         # A random nonce is safe: one root key wraps a handful of KEKs in its life.
         nonce = self._random(NONCE_BYTES)
-        return nonce + AESGCM(self._root_key.view()).encrypt(nonce, kek, context)
+        return nonce + AESGCM(self._root_key.view()).encrypt(nonce, key, context)
 
     def unwrap(self, wrapped: bytes, context: bytes) -> bytearray:
-        """The KEK (32 bytes). Raises `WrongSecret` if it is not authentic under this root key and context."""
-        if len(wrapped) != PASSPHRASE_WRAPPED_BYTES:
+        """The key (32 or 40 bytes). Raises `WrongSecret` if it is not authentic under this root key and context."""
+        if len(wrapped) - PASSPHRASE_OVERHEAD_BYTES not in SEALED_KEK_BYTES:
             raise WrongSecret("the passphrase does not open this protector")
-        kek = bytearray(PASSPHRASE_WRAPPED_BYTES - NONCE_BYTES - 16)
+        key = bytearray(len(wrapped) - PASSPHRASE_OVERHEAD_BYTES)
         try:
-            AESGCM(self._root_key.view()).decrypt_into(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], context, kek)
+            AESGCM(self._root_key.view()).decrypt_into(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], context, key)
         except InvalidTag:
             raise WrongSecret("the passphrase does not open this protector") from None
-        return kek
+        return key
 
     def close(self) -> None:
         """Wipe the root key."""
@@ -81,12 +88,11 @@ class PassphraseProvider:
     def __init__(self, random: Random = os.urandom) -> None:
         self._random = random
 
-    def new_params(self, cost: str) -> dict[str, int | str | bytes]:
-        """A fresh salt and the costs of `cost` (a key of `COSTS`). Raises `UsageError` for any other."""
-        try:
-            chosen = COSTS[cost]
-        except KeyError:
-            raise UsageError(f"no such KDF cost; there are {', '.join(COSTS)}") from None
+    def new_params(self, wish: Mapping[str, int | str | bytes]) -> dict[str, int | str | bytes]:
+        """A fresh salt and the costs of ``wish["cost"]`` (a key of `COSTS`). Raises `UsageError` for anything else."""
+        chosen = COSTS.get(str(wish.get("cost", "normal")))
+        if chosen is None or wish.keys() - {"cost"}:
+            raise UsageError(f"no such KDF cost; there are {', '.join(COSTS)}")
         return {
             "kdf": "argon2id",
             "salt": self._random(SALT_BYTES),

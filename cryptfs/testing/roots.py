@@ -19,8 +19,8 @@ class FakeRoot:
     def __init__(self, root_key: Secret) -> None:
         self._root_key = root_key
 
-    def wrap(self, kek: Buffer, context: bytes) -> bytes:
-        hidden = self._hide(kek, context)
+    def wrap(self, key: Buffer, context: bytes) -> bytes:
+        hidden = self._hide(key, context)
         return hidden + mac(self._root_key.view(), b"tag", context, hidden)
 
     def unwrap(self, wrapped: bytes, context: bytes) -> bytearray:
@@ -33,8 +33,8 @@ class FakeRoot:
         self._root_key.wipe()
 
     def _hide(self, data: Buffer, context: bytes) -> bytes:
-        stream = mac(self._root_key.view(), b"hide", context)
-        return bytes(a ^ b for a, b in zip(bytes(data), stream, strict=True))
+        stream = mac(self._root_key.view(), b"hide", context) + mac(self._root_key.view(), b"more", context)
+        return bytes(a ^ b for a, b in zip(bytes(data), stream, strict=False))
 
 
 class FakeProvider:
@@ -46,8 +46,8 @@ class FakeProvider:
     def __init__(self) -> None:
         self.failure: CryptfsError | None = None
 
-    def new_params(self, cost: str) -> dict[str, int | str | bytes]:
-        if cost not in ("low", "normal", "high"):
+    def new_params(self, wish: Mapping[str, int | str | bytes]) -> dict[str, int | str | bytes]:
+        if wish.keys() - {"cost"} or wish.get("cost", "low") not in ("low", "normal", "high"):
             raise UsageError("no such cost")
         return {"region": "nowhere-1"}
 

@@ -18,6 +18,7 @@ from cryptfs.errors import AuditUnavailable, ProtocolError, VolumeLocked, WrongS
 from cryptfs.format.audit import AuditLine, Touched
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import AgentClient, open_agent
+from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 from tests.agent.conftest import Program, Served, ServeHere, StartAgent, raw_connection, settled
 
 PROGRAM = os.path.realpath("/proc/self/exe")
@@ -33,7 +34,7 @@ def lines(where: str, *verbs: str) -> list[AuditLine]:
 
 
 async def create(client: AgentClient) -> tuple[bytes, bytes]:
-    data = await client.create(block_size=16384, kind="fake", kdf_cost="low", label="mine", secret=b"right")
+    data = await client.create(VolumeWish(16384, ProtectorWish("fake", "mine", b"right", {"cost": "low"})))
     return parse_volume(data).volume_id, data
 
 
@@ -254,7 +255,7 @@ async def test_a_killed_agent_leaves_every_answered_request_on_the_record(
         with trio.move_on_after(20):
             async with open_agent(program.path) as client:
                 data = await client.create(
-                    block_size=4096, kind="passphrase", kdf_cost="low", label="", secret=b"secret"
+                    VolumeWish(4096, ProtectorWish("passphrase", "", b"secret", {"cost": "low"}))
                 )
                 volume_id = parse_volume(data).volume_id
 

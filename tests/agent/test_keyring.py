@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cryptfs.agent.keyring import Keyring
-from cryptfs.agent.unlocking import NewVolume, Unlocked, create_volume
+from cryptfs.agent.unlocking import NewProtector, NewVolume, Unlocked, create_volume
 from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.wrap import unwrap_keys, wrapping_key
 from cryptfs.errors import VolumeDamaged, VolumeLocked
@@ -108,7 +108,7 @@ def test_forget_all_forgets_every_volume(keyring: Keyring) -> None:
 
 def _created() -> Unlocked:
     provider = FakeProvider()
-    new = NewVolume(block_size=4096, kind="fake", cost="low", label="", created_s=1)
+    new = NewVolume(block_size=4096, protector=NewProtector("fake", {"cost": "low"}, "", 1), created_s=1)
     return create_volume(new, Secret.of(b"pw"), {"fake": provider}, os.urandom)
 
 

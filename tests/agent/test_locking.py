@@ -15,6 +15,7 @@ from cryptfs.errors import ProtocolError, VolumeLocked
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_answers import LockOutcome
 from cryptfs.keys.agent_client import AgentClient, open_agent
+from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 from cryptfs.testing.clock import FakeClock
 from cryptfs.testing.roots import FakeProvider
 from tests.agent.conftest import ServeHere, settled
@@ -23,7 +24,7 @@ LOG_ID = b"f" * 16
 
 
 async def create(client: AgentClient) -> tuple[bytes, bytes]:
-    data = await client.create(block_size=16384, kind="fake", kdf_cost="low", label="mine", secret=b"right")
+    data = await client.create(VolumeWish(16384, ProtectorWish("fake", "mine", b"right", {"cost": "low"})))
     return parse_volume(data).volume_id, data
 
 

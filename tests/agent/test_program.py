@@ -16,13 +16,14 @@ from cryptfs.errors import AgentUnavailable, NotPermitted, VolumeLocked, WrongSe
 from cryptfs.format.agent_msg import encode_request
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import AgentClient, open_agent
+from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 from tests.agent.conftest import StartAgent, settled
 
 SECRET = b"hunter2-\xff-correct-horse"
 
 
 async def create(client: AgentClient) -> tuple[bytes, bytes]:
-    data = await client.create(block_size=4096, kind="passphrase", kdf_cost="low", label="", secret=SECRET)
+    data = await client.create(VolumeWish(4096, ProtectorWish("passphrase", "", SECRET, {"cost": "low"})))
     return parse_volume(data).volume_id, data
 
 

@@ -16,6 +16,7 @@ from cryptfs.agent import server
 from cryptfs.format.agent_msg import encode_request
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import open_agent
+from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 from tests.agent.conftest import Served, ServeHere, raw_connection, settled
 
 MESSAGES = [
@@ -105,7 +106,7 @@ async def test_a_client_that_never_finishes_its_request_is_hung_up_on(
 
 async def test_idle_connections_make_room_for_new_ones(serve_here: ServeHere) -> None:
     async with serve_here() as served, open_agent(served.path, role="daemon") as daemon:
-        data = await daemon.create(block_size=4096, kind="fake", kdf_cost="low", label="", secret=b"x")
+        data = await daemon.create(VolumeWish(4096, ProtectorWish("fake", "", b"x", {"cost": "low"})))
         volume_id = parse_volume(data).volume_id
         await daemon.attach(volume_id=volume_id, cipher_dir="/c", mountpoint="/m", volume=data)
         silent = []

@@ -20,6 +20,7 @@ from cryptfs.errors import (
     NotPermitted,
     ProtocolError,
     UnsupportedFormat,
+    UsageError,
     VolumeBusy,
     VolumeDamaged,
     VolumeLocked,
@@ -28,6 +29,7 @@ from cryptfs.errors import (
 from cryptfs.format.agent_msg import MESSAGE_MAX_BYTES, encode_request
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import AgentClient, VolumeStatus, open_agent
+from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 from tests.agent.conftest import Served, ServeHere, raw_connection, settled
 
 LOG_ID = b"f" * 16
@@ -35,7 +37,7 @@ LOG_ID = b"f" * 16
 
 async def create(client: AgentClient, secret: bytes = b"right") -> tuple[bytes, bytes]:
     """(volume id, the volume file) of a new volume, unlocked."""
-    data = await client.create(block_size=16384, kind="fake", kdf_cost="low", label="mine", secret=secret)
+    data = await client.create(VolumeWish(16384, ProtectorWish("fake", "mine", secret, {"cost": "low"})))
     return parse_volume(data).volume_id, data
 
 
@@ -214,6 +216,26 @@ async def test_stop_forgets_tells_and_ends(serve_here: ServeHere) -> None:
             await client.status()
 
 
+CREATE: dict[str, Any] = {
+    "block_size": 4096,
+    "kind": "fake",
+    "wish": {"cost": "low"},
+    "label": "",
+    "secret": b"x",
+    "policy": {},
+    "shred_kind": "",
+    "shred_secret": b"",
+}
+UNLOCK: dict[str, Any] = {
+    "volume": b"",
+    "cipher_dir": b"/c",
+    "secret": b"x",
+    "for_s": None,
+    "idle_s": None,
+    "kind": "",
+    "protector_id": b"",
+    "shred_secret": b"",
+}
 BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
     ("no-such-verb", {}),
     ("hello", {}),
@@ -221,15 +243,26 @@ BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
     ("status", {"x": 1}),
     ("lock", {"volume_id": b"short"}),
     ("lock", {"volume_id": "v" * 16}),
-    ("create", {"block_size": 5000, "kind": "fake", "kdf_cost": "low", "label": "", "secret": b"x"}),
-    ("create", {"block_size": 4096, "kind": "fake", "kdf_cost": "free", "label": "", "secret": b"x"}),
-    ("create", {"block_size": 4096, "kind": "fake", "kdf_cost": "low", "label": "", "secret": b""}),
-    ("create", {"block_size": 4096, "kind": "fake", "kdf_cost": "low", "label": "", "secret": "text"}),
-    ("create", {"block_size": 4096, "kind": "fake", "kdf_cost": "low", "label": "x" * 201, "secret": b"x"}),
-    ("unlock", {"volume": b"", "cipher_dir": "/text", "secret": b"x", "for_s": None, "idle_s": None}),
-    ("unlock", {"volume": b"", "cipher_dir": b"/a\0b", "secret": b"x", "for_s": None, "idle_s": None}),
-    ("unlock", {"volume": b"", "cipher_dir": b"/", "secret": b"x", "for_s": 0, "idle_s": None}),
-    ("unlock", {"volume": b"", "cipher_dir": b"/", "secret": b"x", "for_s": None, "idle_s": 1 << 40}),
+    ("create", CREATE | {"block_size": 5000}),
+    ("create", CREATE | {"secret": b""}),
+    ("create", CREATE | {"secret": "text"}),
+    ("create", CREATE | {"label": "x" * 201}),
+    ("create", CREATE | {"wish": {"cost": []}}),
+    ("create", CREATE | {"policy": []}),
+    ("create", CREATE | {"policy": {"for_s": "1"}}),
+    ("create", CREATE | {"shred_secret": b"short"}),
+    ("create", CREATE | {"shred_kind": "keyfile"}),
+    ("unlock", UNLOCK | {"cipher_dir": "/text"}),
+    ("unlock", UNLOCK | {"cipher_dir": b"/a\0b"}),
+    ("unlock", UNLOCK | {"for_s": 0}),
+    ("unlock", UNLOCK | {"idle_s": 1 << 40}),
+    ("unlock", UNLOCK | {"kind": b"fake"}),
+    ("unlock", UNLOCK | {"protector_id": bytes(17)}),
+    ("unlock", UNLOCK | {"shred_secret": bytes(31)}),
+    ("policy-set", {"volume_id": b"v" * 16, "volume": b""}),
+    ("rotate-kek", {"volume_id": b"v" * 16, "volume": b"", "carried": [[b"p" * 16, "x"]], "shred_secret": b""}),
+    ("rotate-kek", {"volume_id": b"v" * 16, "volume": b"", "carried": [[b"p" * 16, b"x"]] * 2, "shred_secret": b""}),
+    ("protector-remove", {"volume_id": b"v" * 16, "volume": b"", "protector_id": b"p"}),
     ("locked", {"volume_id": b"v" * 16, "unwritten": 0}),
     ("generate", {"volume_id": b"v" * 16, "id": LOG_ID, "purpose": "block", "count": 0}),
     ("generate", {"volume_id": b"v" * 16, "id": LOG_ID, "purpose": "block", "count": 4097}),
@@ -258,6 +291,8 @@ async def test_wrong_arguments_are_an_error_and_the_connection_lives(serve_here:
         for verb, args in BAD_ARGS:
             with pytest.raises(ProtocolError):
                 await client.request(verb, args)
+        with pytest.raises(UsageError):
+            await client.request("create", CREATE | {"wish": {"cost": "free"}})
         assert (await client.status()).volumes == ()
 
 
@@ -291,9 +326,10 @@ async def test_a_client_that_leaves_during_unlock_leaves_nothing_held(
         real_open = served.provider.open
         monkeypatch.setattr(served.provider, "open", slow_open)
         with raw_connection(served.path) as sock:
-            args = {"volume": data, "cipher_dir": b"/c", "secret": b"right", "for_s": None, "idle_s": None}
+            args = UNLOCK | {"volume": data, "secret": b"right"}
             sock.send(encode_request(1, "unlock", args))
-            await began.wait()
+            with trio.fail_after(20):
+                await began.wait()
         await settled(lambda: served.server.connections == 0)
         go_on.set()
         async with open_agent(served.path) as client:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cryptfs.agent.unlocking import NewVolume, Unlocked, create_volume, unlock_volume
+from cryptfs.agent.unlocking import Key, NewProtector, NewVolume, Unlocked, create_volume, unlock_volume
 from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.wrap import ZERO_ID, unwrap_keys, volume_mac, wrapping_key
 from cryptfs.errors import AgentUnavailable, CryptfsError, UnsupportedFormat, UsageError, VolumeDamaged, WrongSecret
@@ -22,9 +22,9 @@ from cryptfs.types import Purpose
 PROVIDERS: dict[str, RootProvider] = {"fake": FakeProvider(), "passphrase": PassphraseProvider()}
 
 
-def new(kind: str = "fake", **changes: object) -> NewVolume:
-    made = NewVolume(block_size=16384, kind=kind, cost="low", label="mine", created_s=1_700_000_000)
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+def new(kind: str = "fake", cost: str = "low", block_size: int = 16384) -> NewVolume:
+    protector = NewProtector(kind, {"cost": cost}, "mine", 1_700_000_000)
+    return NewVolume(block_size=block_size, protector=protector, created_s=1_700_000_000)
 
 
 def create(kind: str = "fake", secret: bytes = b"right") -> Unlocked:
@@ -39,7 +39,7 @@ def sealed(volume: Volume, kek: bytes | memoryview) -> bytes:
 @pytest.mark.parametrize("kind", ["fake", "passphrase"])
 def test_a_new_volume_opens_with_its_secret(kind: str) -> None:
     made = create(kind)
-    again = unlock_volume(made.data, Secret.of(b"right"), PROVIDERS)
+    again = unlock_volume(made.data, Key(Secret.of(b"right")), PROVIDERS)
     assert again.volume == made.volume == parse_volume(made.data)
     assert again.keks[1].equals(made.keks[1])
     volume = again.volume
@@ -63,7 +63,7 @@ def test_two_new_volumes_share_nothing() -> None:
 @pytest.mark.parametrize("secret", [b"wrong", b"right ", b"r", "right\N{COMBINING ACUTE ACCENT}".encode()])
 def test_another_secret_is_wrong(kind: str, secret: bytes) -> None:
     with pytest.raises(WrongSecret):
-        unlock_volume(create(kind).data, Secret.of(secret), PROVIDERS)
+        unlock_volume(create(kind).data, Key(Secret.of(secret)), PROVIDERS)
 
 
 EDITS: dict[str, Callable[[Volume], Volume]] = {
@@ -89,18 +89,18 @@ def test_an_edited_file_is_damaged_even_though_the_secret_is_right(what: str) ->
     made = create()
     edited = encode_volume(EDITS[what](made.volume)) + made.data[-32:]
     with pytest.raises(VolumeDamaged, match="MAC"):
-        unlock_volume(edited, Secret.of(b"right"), PROVIDERS)
+        unlock_volume(edited, Key(Secret.of(b"right")), PROVIDERS)
     with pytest.raises(WrongSecret):
-        unlock_volume(edited, Secret.of(b"wrong"), PROVIDERS)
+        unlock_volume(edited, Key(Secret.of(b"wrong")), PROVIDERS)
 
 
 def test_a_protector_of_which_only_some_versions_open_is_damaged() -> None:
     made = create()
     [protector] = made.volume.protectors
     two = dataclasses.replace(protector, keks=(*protector.keks, WrappedKey(2, protector.keks[0].wrapped)))
-    edited = sealed(dataclasses.replace(made.volume, protectors=(two,)), made.keks[1].view())
+    edited = sealed(dataclasses.replace(made.volume, kek_version=2, protectors=(two,)), made.keks[1].view())
     with pytest.raises(VolumeDamaged, match="not all"):
-        unlock_volume(edited, Secret.of(b"right"), PROVIDERS)
+        unlock_volume(edited, Key(Secret.of(b"right")), PROVIDERS)
 
 
 def test_every_protector_is_tried_also_past_kinds_nobody_knows() -> None:
@@ -119,14 +119,14 @@ def test_every_protector_is_tried_also_past_kinds_nobody_knows() -> None:
     stranger = dataclasses.replace(second, protector_id=b"3" * 16, kind="abacus")
     data = sealed(dataclasses.replace(made.volume, protectors=(stranger, *made.volume.protectors, second)), kek)
     for secret in (b"right", b"other"):
-        assert unlock_volume(data, Secret.of(secret), PROVIDERS).keks[1].equals(made.keks[1])
+        assert unlock_volume(data, Key(Secret.of(secret)), PROVIDERS).keks[1].equals(made.keks[1])
     with pytest.raises(WrongSecret):
-        unlock_volume(data, Secret.of(b"neither"), PROVIDERS)
+        unlock_volume(data, Key(Secret.of(b"neither")), PROVIDERS)
 
 
 def test_a_volume_of_unknown_kinds_only_is_unsupported() -> None:
     with pytest.raises(UnsupportedFormat):
-        unlock_volume(create("passphrase").data, Secret.of(b"right"), {"fake": PROVIDERS["fake"]})
+        unlock_volume(create("passphrase").data, Key(Secret.of(b"right")), {"fake": PROVIDERS["fake"]})
 
 
 def test_a_failing_root_holder_is_not_a_wrong_secret() -> None:
@@ -134,7 +134,7 @@ def test_a_failing_root_holder_is_not_a_wrong_secret() -> None:
     failing = FakeProvider()
     failing.failure = AgentUnavailable("the KMS does not answer")
     with pytest.raises(AgentUnavailable):
-        unlock_volume(made.data, Secret.of(b"right"), {"fake": failing})
+        unlock_volume(made.data, Key(Secret.of(b"right")), {"fake": failing})
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_failing_root_holder_is_not_a_wrong_secret() -> None:
 )
 def test_bad_choices_for_a_new_volume(changes: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
-        create_volume(dataclasses.replace(new(), **changes), Secret.of(b"x"), PROVIDERS, os.urandom)
+        create_volume(new(**changes), Secret.of(b"x"), PROVIDERS, os.urandom)
 
 
 def test_a_root_key_that_does_not_give_back_what_it_got_makes_no_volume() -> None:

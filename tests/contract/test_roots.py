@@ -24,7 +24,7 @@ def provider(request: pytest.FixtureRequest) -> RootProvider:
 
 
 def test_what_was_wrapped_unwraps_with_the_same_params_and_secret(provider: RootProvider) -> None:
-    params = provider.new_params("low")
+    params = provider.new_params({"cost": "low"})
     wrapped = provider.open(params, b"secret").wrap(KEK, CONTEXT)
     assert KEK not in wrapped
     assert 0 < len(wrapped) <= WRAPPED_MAX_BYTES
@@ -35,7 +35,7 @@ def test_what_was_wrapped_unwraps_with_the_same_params_and_secret(provider: Root
 
 @pytest.mark.parametrize("what", ["secret", "context", "bit", "short", "empty"])
 def test_anything_else_is_not_mine(provider: RootProvider, what: str) -> None:
-    params = provider.new_params("low")
+    params = provider.new_params({"cost": "low"})
     wrapped = provider.open(params, b"secret").wrap(KEK, CONTEXT)
     root = provider.open(params, b"Secret" if what == "secret" else b"secret")
     context = CONTEXT[:-1] + b"\xff" if what == "context" else CONTEXT
@@ -49,7 +49,7 @@ def test_anything_else_is_not_mine(provider: RootProvider, what: str) -> None:
 
 
 def test_one_bit_anywhere_is_noticed(provider: RootProvider) -> None:
-    root = provider.open(provider.new_params("low"), b"secret")
+    root = provider.open(provider.new_params({"cost": "low"}), b"secret")
     wrapped = root.wrap(KEK, CONTEXT)
     for position in range(len(wrapped)):
         changed = bytearray(wrapped)
@@ -59,7 +59,7 @@ def test_one_bit_anywhere_is_noticed(provider: RootProvider) -> None:
 
 
 def test_params_are_what_a_volume_file_can_hold(provider: RootProvider) -> None:
-    params = provider.new_params("low")
+    params = provider.new_params({"cost": "low"})
     assert all(type(key) is str and type(value) in (int, str, bytes) for key, value in params.items())
     assert 0 < len(provider.kind) <= LABEL_MAX_CHARS
     line = provider.describe(params)
@@ -69,23 +69,23 @@ def test_params_are_what_a_volume_file_can_hold(provider: RootProvider) -> None:
 
 
 def test_two_protectors_of_one_secret_do_not_share_wraps(provider: RootProvider) -> None:
-    params = provider.new_params("low")
+    params = provider.new_params({"cost": "low"})
     root = provider.open(params, b"secret")
     assert root.wrap(KEK, CONTEXT) != root.wrap(KEK, CONTEXT + b"2")
 
 
 def test_an_unknown_cost_is_refused(provider: RootProvider) -> None:
     with pytest.raises(UsageError):
-        provider.new_params("free")
+        provider.new_params({"cost": "free"})
 
 
 def test_params_with_a_field_too_many_are_refused(provider: RootProvider) -> None:
     with pytest.raises(VolumeDamaged):
-        provider.open(provider.new_params("low") | {"extra": 1}, b"secret")
+        provider.open(provider.new_params({"cost": "low"}) | {"extra": 1}, b"secret")
 
 
 def test_a_closed_root_wraps_nothing(provider: RootProvider) -> None:
-    root = provider.open(provider.new_params("low"), os.urandom(8))
+    root = provider.open(provider.new_params({"cost": "low"}), os.urandom(8))
     root.close()
     root.close()
     with pytest.raises(ValueError, match="wiped"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cryptfs.errors import UnsupportedFormat, VolumeDamaged
 from cryptfs.format import packing
+from cryptfs.format.policy import BOUNDS, Policy
 from cryptfs.format.volume import (
     BODY_MAX_BYTES,
     HEADER_BYTES,
@@ -19,6 +20,7 @@ from cryptfs.format.volume import (
     MAGIC,
     PassphraseParams,
     Protector,
+    ShredSecret,
     Volume,
     WrappedKey,
     encode_volume,
@@ -70,6 +72,8 @@ def body() -> dict[str, Any]:
         "root_dir_id": good.root_dir_id,
         "kek_version": 1,
         "volume_key": [1, bytes(40)],
+        "policy": {},
+        "shred": None,
         "protectors": [
             {
                 "id": b"p" * 16,
@@ -93,13 +97,18 @@ ids = st.binary(min_size=16, max_size=16)
 versions = st.lists(st.integers(1, 2**32 - 1), min_size=1, max_size=4, unique=True).map(sorted)
 
 
+plain = st.dictionaries(
+    st.text(max_size=8), st.integers(0, 2**63) | st.text(max_size=8) | st.binary(max_size=8), max_size=3
+)
+policies = st.fixed_dictionaries(
+    {}, optional={name: st.integers(least, most) for name, (least, most) in BOUNDS.items()}
+).map(lambda fields: Policy(**fields))
+
+
 @st.composite
 def volumes(draw: st.DrawFn) -> Volume:
     held = draw(versions)
     protector_ids = draw(st.lists(ids, min_size=1, max_size=3, unique=True))
-    other = st.dictionaries(
-        st.text(max_size=8), st.integers(0, 2**63) | st.text(max_size=8) | st.binary(max_size=8), max_size=3
-    )
     made = []
     for protector_id in protector_ids:
         passphrase = draw(st.booleans())
@@ -109,11 +118,15 @@ def volumes(draw: st.DrawFn) -> Volume:
                 "passphrase" if passphrase else "kms",
                 draw(st.text(max_size=20)),
                 draw(st.integers(0, 2**40)),
-                PARAMS if passphrase else draw(other),
+                PARAMS if passphrase else draw(plain),
                 tuple(
                     WrappedKey(
                         version,
-                        draw(st.binary(min_size=60, max_size=60) if passphrase else st.binary(min_size=1, max_size=90)),
+                        draw(
+                            st.sampled_from([60, 68]).flatmap(lambda n: st.binary(min_size=n, max_size=n))
+                            if passphrase
+                            else st.binary(min_size=1, max_size=90)
+                        ),
                     )
                     for version in held
                 ),
@@ -126,9 +139,11 @@ def volumes(draw: st.DrawFn) -> Volume:
         block_size=1 << draw(st.integers(12, 20)),
         features=(),
         root_dir_id=draw(ids),
-        kek_version=draw(st.sampled_from(held)),
+        kek_version=held[-1],
         volume_key=WrappedKey(draw(st.sampled_from(held)), draw(st.binary(min_size=40, max_size=40))),
         protectors=tuple(made),
+        policy=draw(policies),
+        shred=draw(st.none() | st.builds(ShredSecret, st.text(max_size=8), plain, ids)),
     )
 
 
@@ -188,6 +203,25 @@ def test_an_unknown_feature_is_unsupported_and_named() -> None:
         parse_volume(file_of(packing.pack(body() | {"features": ["compression"]})))
 
 
+def test_an_unknown_policy_field_is_unsupported_and_named() -> None:
+    with pytest.raises(UnsupportedFormat, match="max_moons"):
+        parse_volume(file_of(packing.pack(body() | {"policy": {"max_moons": 1}})))
+
+
+def test_protectors_with_different_kek_versions_are_damage() -> None:
+    whole = body()
+    other = dict(whole["protectors"][0], id=b"q" * 16, keks=[[1, bytes(60)], [2, bytes(60)]])
+    whole["kek_version"] = 2
+    whole["protectors"] = [other, dict(other, id=b"r" * 16, keks=[[2, bytes(60)]])]
+    with pytest.raises(VolumeDamaged, match="protector"):
+        parse_volume(file_of(packing.pack(whole)))
+
+
+def test_an_ephemeral_volume_has_no_protectors() -> None:
+    made = volume(features=("ephemeral",), protectors=())
+    assert parse_volume(encode_volume(made) + MAC).ephemeral
+
+
 def test_an_unknown_kdf_is_unsupported() -> None:
     with pytest.raises(UnsupportedFormat):
         parse_passphrase(PARAMS | {"kdf": "scrypt"})
@@ -224,6 +258,16 @@ SPOILED: dict[str, Callable[[dict[str, Any]], object]] = {
     "volume key short": lambda whole: whole.update(volume_key=[1, bytes(39)]),
     "volume key of a version nobody holds": lambda whole: whole.update(volume_key=[3, bytes(40)]),
     "volume key no pair": lambda whole: whole.update(volume_key=[1]),
+    "policy no map": lambda whole: whole.update(policy=[]),
+    "policy nil field": lambda whole: whole.update(policy={"for_s": None}),
+    "policy out of bounds": lambda whole: whole.update(policy={"max_entries": 1}),
+    "policy bool": lambda whole: whole.update(policy={"caching": True}),
+    "policy unsorted": lambda whole: whole.update(policy={"idle_s": 9, "for_s": 9}),
+    "shred no map": lambda whole: whole.update(shred=1),
+    "shred lacks its check": lambda whole: whole.update(shred={"kind": "agent", "params": {}}),
+    "shred check short": lambda whole: whole.update(shred={"kind": "agent", "params": {}, "check": b"x"}),
+    "ephemeral with a protector": lambda whole: whole.update(features=["ephemeral"]),
+    "a newer KEK than the newest": _protector(keks=[[1, bytes(60)], [2, bytes(60)]]),
     "no protector": lambda whole: whole.update(protectors=[]),
     "protector no map": lambda whole: whole.update(protectors=[1]),
     "too many protectors": lambda whole: whole.update(protectors=whole["protectors"] * 33),

@@ -104,6 +104,8 @@ def volume_file() -> bytes:
             "root_dir_id": ROOT_ID,
             "kek_version": 1,
             "volume_key": [1, wrap(b"volume", bytes(16), VOLUME_KEY)],
+            "policy": {},
+            "shred": None,
             "protectors": [protector],
         }
     )

@@ -1,0 +1,243 @@
+"""The verbs that make new versions of a `volume` file, and the one that says such a file is in its place.
+
+Each edit takes the file as it is and returns it as it is to be; the caller writes it (`ops.volume_file`) and then says
+`commit`. Until then nothing counts: floors stay, keys are made under the KEK version of before. A crash in between
+leaves the old file, or the new one, which any later `commit` or `attach` of it makes count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from cryptfs.agent import args as arg
+from cryptfs.agent import editing
+from cryptfs.agent.args import Args
+from cryptfs.agent.audit import Auditor
+from cryptfs.agent.freshness import Changes, Records, Seen
+from cryptfs.agent.keyring import Keyring
+from cryptfs.agent.recording import Attachment, Peer, check_file
+from cryptfs.agent.shred_store import KIND, ShredStore
+from cryptfs.agent.unlocking import Key, NewProtector, Providers, Unlocked
+from cryptfs.crypto.secret import Secret
+from cryptfs.crypto.shred import SECRET_BYTES
+from cryptfs.errors import ProtocolError, RolledBack, UsageError
+from cryptfs.format.agent_msg import encode_push
+from cryptfs.format.policy import BOUNDS, Policy
+from cryptfs.format.volume import FILE_MAX_BYTES, LABEL_MAX_CHARS, PROTECTORS_MAX, Volume
+from cryptfs.ports import Clock, Random
+from cryptfs.types import ID_BYTES
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SECRET_MAX_BYTES = 64 << 10
+
+
+class Editing:
+    """`verbs` by name. `in_thread` runs what may run a KDF; `attached` is the service's own table."""
+
+    def __init__(  # noqa: PLR0913 - what the verbs work on
+        self, *, keyring: Keyring, records: Records, audit: Auditor, attached: MutableMapping[bytes, Attachment],
+        providers: Providers, shred: ShredStore, random: Random, clock: Clock,
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
+    ) -> None:  # fmt: skip
+        self._keyring = keyring
+        self._records = records
+        self._audit = audit
+        self._attached = attached
+        self._providers = providers
+        self._shred = shred
+        self._random = random
+        self._clock = clock
+        self._in_thread = in_thread
+        self.verbs: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
+            "policy-set": self._policy_set,
+            "protector-add": self._protector_add,
+            "protector-remove": self._protector_remove,
+            "protector-change": self._protector_change,
+            "rotate-kek": self._rotate_kek,
+            "destroy-keks": self._destroy_keks,
+            "commit": self._commit,
+        }
+
+    # protectors and policy -------------------------------------------------------------------------------------
+
+    async def _policy_set(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "volume", "policy")
+        policy = get_policy(args, "policy")
+        return await self._edited(args, lambda now: editing.with_policy(now, policy))
+
+    async def _protector_add(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "volume", "kind", "wish", "label", "secret", "shred_secret")
+        new = get_new_protector(args, self._now_s())
+
+        def add(now: Unlocked, secret: Secret, shred: Secret | None) -> Unlocked:
+            return editing.with_protector(now, new, secret, self._providers, self._random, shred)
+
+        return await self._edited_with_secret(args, add)
+
+    async def _protector_remove(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "volume", "protector_id")
+        protector_id = arg.get_id(args, "protector_id")
+        return await self._edited(args, lambda now: editing.without_protector(now, protector_id))
+
+    async def _protector_change(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "volume", "protector_id", "kind", "wish", "label", "secret", "shred_secret")
+        protector_id = arg.get_id(args, "protector_id")
+        new = get_new_protector(args, self._now_s())
+
+        def change(now: Unlocked, secret: Secret, shred: Secret | None) -> Unlocked:
+            return editing.with_changed_protector(now, protector_id, new, secret, self._providers, shred)
+
+        return await self._edited_with_secret(args, change)
+
+    # KEK versions ----------------------------------------------------------------------------------------------
+
+    async def _rotate_kek(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "volume", "carried", "shred_secret")
+        with ExitStack() as stack:
+            carried = get_keys(args, "carried", stack)
+            shred = self.shred_secret(self._checked(args), get_shred_secret(args), stack)
+            # Wiped by the thread, which outlives a client that leaves.
+            held = stack.pop_all()
+
+        def rotate(now: Unlocked) -> Unlocked:
+            with held:
+                return editing.with_new_kek(now, carried, self._providers, self._random, shred)
+
+        return await self._edited(args, rotate)
+
+    async def _destroy_keks(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "volume")
+        volume = self._checked(args)
+        await self._audit.rewrap(volume.volume_id, volume.kek_version, self._keyring.keks(volume.volume_id))
+        return await self._edited(args, editing.without_old_keks)
+
+    async def _commit(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "volume")
+        volume = self._checked(args)
+        record = await self._records.opened(volume.volume_id)
+        if volume.serial < record.seen.serial or volume.kek_version < record.seen.kek_version:
+            raise RolledBack("the volume file is older than this machine has seen it")
+        # The floor first: if we die here, the old file is refused already, and the new one is durable in its place.
+        await self._records.change(volume.volume_id, Changes(seen=Seen(volume.serial, volume.kek_version, 0)))
+        # Once more: it may have been locked meanwhile.
+        volume = self._checked(args)
+        self._keyring.settle(volume.volume_id, volume)
+        self._audit.reseal(volume.volume_id, volume.kek_version, self._keyring.keks(volume.volume_id))
+        attachment = self._attached.get(volume.volume_id)
+        if attachment is not None:
+            changed = replace(attachment, serial=volume.serial, kek_version=volume.kek_version)
+            self._attached[volume.volume_id] = changed
+            attachment.peer.post(encode_push({"event": "changed", "volume_id": volume.volume_id}))
+        log.info("volume %s: its file has serial %d now", volume.volume_id.hex(), volume.serial)
+        return {"serial": volume.serial, "kek_version": volume.kek_version}
+
+    # inside ----------------------------------------------------------------------------------------------------
+
+    def shred_secret(self, volume: Volume, given: bytes, stack: ExitStack) -> Secret | None:
+        """The volume's shred secret, wiped with `stack`, from where it lies; None if it has none or it is not there."""
+        if volume.shred is None:
+            return None
+        if volume.shred.kind == KIND:
+            found = self._shred.get(volume.volume_id)
+            return None if found is None else stack.enter_context(found)
+        return stack.enter_context(Secret.of(given)) if given else None
+
+    def _now_s(self) -> int:
+        return self._clock.time_ns() // 1_000_000_000
+
+    def _checked(self, args: Args) -> Volume:
+        return check_file(
+            self._keyring, arg.get_id(args, "volume_id"), arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
+        )
+
+    async def _edited_with_secret(
+        self, args: Args, work: Callable[[Unlocked, Secret, Secret | None], Unlocked]
+    ) -> dict[str, Any]:
+        with ExitStack() as stack:
+            secret = stack.enter_context(Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES)))
+            shred = self.shred_secret(self._checked(args), get_shred_secret(args), stack)
+            held = stack.pop_all()
+
+        def edit(now: Unlocked) -> Unlocked:
+            with held:
+                return work(now, secret, shred)
+
+        return await self._edited(args, edit)
+
+    async def _edited(self, args: Args, work: Callable[[Unlocked], Unlocked]) -> dict[str, Any]:
+        """What `work` makes of the volume, as its file's bytes. A KEK that is new there waits for `commit`."""
+        volume = self._checked(args)
+        data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
+        # Copies: if the volume is locked while the thread works, the keyring's own turn to zeros under it.
+        keks = {version: Secret.of(kek.view()) for version, kek in self._keyring.keks(volume.volume_id).items()}
+        new: dict[int, Secret] = {}
+
+        def in_thread() -> Unlocked:
+            try:
+                # Without those that wait for a `commit` that never came.
+                made = work(Unlocked(volume, data, {v: kek for v, kek in keks.items() if v <= volume.kek_version}))
+                new.update({version: kek for version, kek in made.keks.items() if version > volume.kek_version})
+                return made
+            finally:
+                for kek in keks.values():
+                    kek.wipe()
+
+        made: Unlocked = await self._in_thread(in_thread)
+        for version, kek in new.items():
+            self._keyring.pend(volume.volume_id, version, kek)
+        return {"volume": made.data}
+
+
+def get_shred_secret(args: Args) -> bytes:
+    """Empty if none is given, else 32 bytes."""
+    given = arg.get_bytes(args, "shred_secret", 0, SECRET_BYTES)
+    if len(given) not in (0, SECRET_BYTES):
+        raise ProtocolError(f"shred_secret must be empty or {SECRET_BYTES} bytes")
+    return given
+
+
+def get_new_protector(args: Args, now_s: int) -> NewProtector:
+    """The arguments `kind`, `wish` and `label`."""
+    return NewProtector(
+        kind=arg.get_text(args, "kind", LABEL_MAX_CHARS),
+        wish=arg.get_plain_map(args, "wish"),
+        label=arg.get_text(args, "label", LABEL_MAX_CHARS),
+        created_s=now_s,
+    )
+
+
+def get_policy(args: Args, name: str) -> Policy:
+    """A map of policy fields (FORMAT.md §3). Raises `UsageError` for a value out of bounds."""
+    value = args[name]
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{name} must be a map")
+    for field, number in value.items():
+        if field not in BOUNDS:
+            raise UsageError(f"a policy has no field {field!r}")
+        if type(number) is not int:
+            raise ProtocolError(f"the policy's {field} must be an int")
+    return Policy(**value)
+
+
+def get_keys(args: Args, name: str, stack: ExitStack) -> list[Key]:
+    """An array of [protector id, secret], each secret wiped with `stack`."""
+    rows = args[name]
+    if type(rows) is not list or len(rows) > PROTECTORS_MAX:
+        raise ProtocolError(f"{name} must be an array of at most {PROTECTORS_MAX}")
+    keys: list[Key] = []
+    for row in rows:
+        if type(row) is not list or len(row) != 2 or type(row[0]) is not bytes or type(row[1]) is not bytes:
+            raise ProtocolError(f"{name} must hold [protector id, secret] each")
+        if len(row[0]) != ID_BYTES or not 1 <= len(row[1]) <= SECRET_MAX_BYTES:
+            raise ProtocolError(f"{name} must hold [protector id, secret] each")
+        keys.append(Key(stack.enter_context(Secret.of(row[1])), protector_id=row[0]))
+    if len({key.protector_id for key in keys}) != len(keys):
+        raise ProtocolError(f"{name} names a protector twice")
+    return keys

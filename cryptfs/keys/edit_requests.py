@@ -1,0 +1,126 @@
+"""What is asked of the agent about a `volume` file: making one, opening one, and new versions of one.
+
+The edits return the file's new bytes; they count once those are in place and `commit` was said (`agent.edit_verbs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cryptfs.keys.agent_answers import get_bin, get_int
+
+if TYPE_CHECKING:
+    from cryptfs.keys.agent_client import AgentClient
+
+ParamValue = int | str | bytes
+
+KDF_PATIENCE_TICKS = 60
+"""For requests that run a KDF, perhaps behind another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectorWish:
+    """A protector to be made. `wish` is the kind's own, for example ``{"cost": "normal"}`` of a passphrase."""
+
+    kind: str
+    label: str
+    secret: bytes | bytearray = field(repr=False)
+    wish: Mapping[str, ParamValue] = field(default_factory=dict)
+
+    def args(self) -> dict[str, Any]:
+        """As arguments of a request."""
+        return {"kind": self.kind, "wish": dict(self.wish), "label": self.label, "secret": bytes(self.secret)}
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeWish:
+    """A volume to be made; `protector` is None for an ephemeral one.
+
+    `shred_kind`: empty (none), ``agent`` (made and kept there) or another kind, with `shred_secret` (32 bytes).
+    """
+
+    block_size: int
+    protector: ProtectorWish | None
+    policy: Mapping[str, int] = field(default_factory=dict)
+    shred_kind: str = ""
+    shred_secret: bytes | bytearray = field(default=b"", repr=False)
+
+    def args(self) -> dict[str, Any]:
+        """As arguments of a request."""
+        protector = self.protector or ProtectorWish("", "", b"")
+        return {
+            "block_size": self.block_size,
+            **protector.args(),
+            "policy": dict(self.policy),
+            "shred_kind": self.shred_kind,
+            "shred_secret": bytes(self.shred_secret),
+        }
+
+
+async def set_policy(client: AgentClient, volume_id: bytes, volume: bytes, policy: Mapping[str, int]) -> bytes:
+    """The file with another policy (FORMAT.md §3). Raises `UsageError`, `VolumeLocked`, `VolumeDamaged`."""
+    return await _edited(client, "policy-set", volume_id, volume, policy=dict(policy))
+
+
+async def add_protector(
+    client: AgentClient, volume_id: bytes, volume: bytes, new: ProtectorWish, shred_secret: bytes = b""
+) -> bytes:
+    """The file with one protector more, which was seen to open. Raises as `set_policy`, and what the root raises."""
+    return await _edited(client, "protector-add", volume_id, volume, **new.args(), shred_secret=shred_secret)
+
+
+async def change_protector(
+    client: AgentClient, volume_id: bytes, volume: bytes, protector_id: bytes, new: ProtectorWish,
+    shred_secret: bytes = b"",
+) -> bytes:  # fmt: skip
+    """The file with another secret for one of its protectors. Raises as `add_protector`."""
+    args = {**new.args(), "protector_id": protector_id, "shred_secret": shred_secret}
+    return await _edited(client, "protector-change", volume_id, volume, **args)
+
+
+async def remove_protector(client: AgentClient, volume_id: bytes, volume: bytes, protector_id: bytes) -> bytes:
+    """The file without one of its protectors. Raises `UsageError` for the last one, and as `set_policy`."""
+    return await _edited(client, "protector-remove", volume_id, volume, protector_id=protector_id)
+
+
+async def rotate_kek(
+    client: AgentClient, volume_id: bytes, volume: bytes, carried: Sequence[tuple[bytes, bytes]],
+    shred_secret: bytes = b"",
+) -> bytes:  # fmt: skip
+    """The file with a new KEK version beside the older ones.
+
+    `carried`: (protector id, secret) of those that will open it; all others are left out. Raises `WrongSecret`, and as
+    `add_protector`.
+    """
+    rows = [[protector_id, secret] for protector_id, secret in carried]
+    return await _edited(client, "rotate-kek", volume_id, volume, carried=rows, shred_secret=shred_secret)
+
+
+async def destroy_keks(client: AgentClient, volume_id: bytes, volume: bytes) -> bytes:
+    """The file with the newest KEK version only. Whatever is wrapped under an older one is noise after `commit`."""
+    return await _edited(client, "destroy-keks", volume_id, volume)
+
+
+async def commit(client: AgentClient, volume_id: bytes, volume: bytes) -> int:
+    """The file is durable in its place: it counts from here on, and an older one is refused. Its KEK version.
+
+    May be said again. Raises `RolledBack`, `VolumeLocked`, `VolumeDamaged`, `FreshnessUnavailable`.
+    """
+    result = await client.request("commit", {"volume_id": volume_id, "volume": volume})
+    with client.rubbish_is_loss():
+        return get_int(result, "kek_version")
+
+
+async def shred(client: AgentClient, volume_id: bytes) -> bool:
+    """Destroy the shred secret that the agent keeps, and lock the volume; whether there was one."""
+    result = await client.request("shred", {"volume_id": volume_id})
+    return bool(result.get("destroyed"))
+
+
+async def _edited(client: AgentClient, verb: str, volume_id: bytes, volume: bytes, **args: object) -> bytes:
+    args |= {"volume_id": volume_id, "volume": volume}
+    result = await client.request(verb, args, patience_ticks=KDF_PATIENCE_TICKS)
+    with client.rubbish_is_loss():
+        return get_bin(result, "volume")
