@@ -212,7 +212,18 @@ class Service:
         return {"version": PROTOCOL_VERSION, "pid": os.getpid(), "started_s": self._started_s}
 
     async def _create(self, peer: Peer, args: Args) -> dict[str, Any]:
-        arg.expect(args, "block_size", "kind", "wish", "label", "secret", "policy", "shred_kind", "shred_secret")
+        names = (
+            "block_size",
+            "kind",
+            "wish",
+            "label",
+            "secret",
+            "policy",
+            "shred_kind",
+            "shred_params",
+            "shred_secret",
+        )
+        arg.expect(args, *names)
         now_s = self._clock.time_ns() // 1_000_000_000
         new = NewVolume(
             block_size=arg.get_int(args, "block_size", BLOCK_SIZE_MIN, BLOCK_SIZE_MAX),
@@ -220,6 +231,7 @@ class Service:
             created_s=now_s,
             policy=get_policy(args, "policy"),
             shred_kind=arg.get_text(args, "shred_kind", LABEL_MAX_CHARS),
+            shred_params=arg.get_plain_map(args, "shred_params"),
         )
         if new.block_size.bit_count() != 1:
             raise ProtocolError("block_size must be a power of two")
@@ -292,6 +304,8 @@ class Service:
         """Destroy the shred secret that lies here, and lock the volume, whatever its daemon says."""
         arg.expect(args, "volume_id")
         volume_id = arg.get_id(args, "volume_id")
+        if volume_id in self._attached:
+            raise VolumeBusy("the volume is mounted")
         # Before the lock: if we die in between, the secret is gone and so is the agent's memory.
         destroyed = await trio.to_thread.run_sync(self._shred.destroy, volume_id)
         await self.locks.lock(volume_id, f"process {peer.pid} shreds it")

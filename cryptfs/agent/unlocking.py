@@ -54,6 +54,7 @@ class NewVolume:
     created_s: int
     policy: Policy = field(default_factory=Policy)
     shred_kind: str = ""
+    shred_params: Mapping[str, ParamValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,9 @@ def create_volume(
         volume_key=WrappedKey(1, wrap_keys(volume_wrapper, [random(KEK_BYTES)])),
         protectors=protectors,
         policy=new.policy,
-        shred=None if shred is None else ShredSecret(new.shred_kind, {}, shred_check(shred.view(), volume_id)),
+        shred=None
+        if shred is None
+        else ShredSecret(new.shred_kind, new.shred_params, shred_check(shred.view(), volume_id)),
     )
     return sealed(volume, keks)
 

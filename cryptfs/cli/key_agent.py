@@ -124,12 +124,26 @@ def is_unlocked(volume_id: bytes) -> bool:
 
 
 def unlock(
-    volume_file: bytes, cipher_dir: Path, secret: bytes, *, for_s: int | None = None, idle_s: int | None = None
+    volume_file: bytes,
+    cipher_dir: Path,
+    secret: bytes,
+    shredding: bytes = b"",
+    *,
+    for_s: int | None = None,
+    idle_s: int | None = None,
 ) -> None:
-    """Unlock a volume. Raises `WrongSecret`, `VolumeDamaged`, `UnsupportedFormat`, `AgentUnavailable`."""
+    """Unlock a volume; `shredding`: its shred secret, unless the agent keeps it.
+
+    Raises `WrongSecret`, `VolumeDamaged`, `UnsupportedFormat`, `AgentUnavailable`.
+    """
     ask(
         lambda client: client.unlock(
-            volume=volume_file, cipher_dir=str(cipher_dir), secret=secret, for_s=for_s, idle_s=idle_s
+            volume=volume_file,
+            cipher_dir=str(cipher_dir),
+            secret=secret,
+            shred_secret=shredding,
+            for_s=for_s,
+            idle_s=idle_s,
         )
     )
 
@@ -151,13 +165,24 @@ def keep(volume_id: bytes, *, keep: bool) -> None:
     _ask_running(request, None)
 
 
+def shred(volume_id: bytes) -> bool:
+    """Have the agent destroy the shred secret it keeps for a volume, and forget its key; whether there was one.
+
+    Starts an agent if none runs: it alone answers for its state directory. Raises `AgentUnavailable`, `VolumeBusy`,
+    `AuditUnavailable`.
+    """
+    from cryptfs.keys import edit_requests
+
+    return ask(lambda client: edit_requests.shred(client, volume_id))
+
+
 def stop() -> None:
     """Make the agent forget every key and end."""
     _ask_running(lambda client: client.stop(), None)
 
 
-def create_volume(cipher_dir: Path, new: VolumeWish) -> None:
-    """Make a new volume in the empty directory `cipher_dir`; it is locked again afterwards.
+def create_volume(cipher_dir: Path, new: VolumeWish, *, keep: bool = False) -> None:
+    """Make a new volume in the empty directory `cipher_dir`; it is locked again afterwards, unless `keep`.
 
     Raises `AgentUnavailable`, `StoreFailed`, `Denied`, `UsageError`, and what the root key's holder raises.
     """
@@ -169,10 +194,13 @@ def create_volume(cipher_dir: Path, new: VolumeWish) -> None:
     async def request(client: AgentClient) -> None:
         volume_file = await client.create(new)
         volume_id = parse_volume(volume_file).volume_id
+        done = False
         try:
             await lay_out(cipher_dir, volume_file, volume_id, client)
+            done = True
         finally:
-            with trio.CancelScope(shield=True):
-                await client.lock(volume_id)
+            if not (keep and done):
+                with trio.CancelScope(shield=True):
+                    await client.lock(volume_id)
 
     ask(request)

@@ -35,6 +35,7 @@ _VERBS = {
     "info": "cryptfs.cli.info:info",
     "check": "cryptfs.cli.check:check",
     "export": "cryptfs.cli.export:export",
+    "shred": "cryptfs.cli.shred:shred",
     "audit": "cryptfs.cli.audit:audit",
     "agent": "cryptfs.cli.agent_verbs:agent",
 }

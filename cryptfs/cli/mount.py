@@ -67,7 +67,7 @@ def mount(  # noqa: PLR0913  one parameter per option
 def _mount(
     cipher_dir: Path, mountpoint: Path, options: MountOptions, sources: passphrase.Sources, *, foreground: bool
 ) -> int:
-    from cryptfs.cli import daemon_process, key_agent, mounts, processes
+    from cryptfs.cli import daemon_process, ephemeral, key_agent, mounts, processes
     from cryptfs.cli.unlock import unlock_volume
     from cryptfs.errors import VolumeBusy
     from cryptfs.ops.info import read_volume
@@ -80,7 +80,12 @@ def _mount(
         raise VolumeBusy(f"the volume is mounted already, on {daemon.mountpoint}")
     mounts.check_usable(mountpoint, cipher_dir)
     mounts.check_dependencies()
-    unlocked_here = unlock_volume(cipher_dir, sources)
+    if volume.ephemeral:
+        with ui.waiting("making the ephemeral volume"):
+            unlocked_here = ephemeral.renew(cipher_dir, volume)
+        volume = read_volume(cipher_dir)
+    else:
+        unlocked_here = unlock_volume(cipher_dir, sources)
     try:
         with ui.waiting(f"mounting {cipher_dir}"):
             starting = daemon_process.start(cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground)

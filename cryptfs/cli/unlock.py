@@ -44,22 +44,29 @@ def unlock_volume(
     The passphrase is asked for only then, and a wrong one typed at the prompt may be typed again. Raises `NotAVolume`,
     `VolumeDamaged`, `UnsupportedFormat`, `WrongSecret`, `AgentUnavailable`, `UsageError`.
     """
-    from cryptfs.cli import key_agent
-    from cryptfs.errors import CryptfsError
+    from cryptfs.cli import key_agent, shred_secret
+    from cryptfs.cli.advice import hinted
+    from cryptfs.errors import CryptfsError, UnsupportedFormat
     from cryptfs.format.volume import parse_volume
     from cryptfs.ops.info import read_volume_file
 
     volume_file = read_volume_file(cipher_dir)
-    volume_id = parse_volume(volume_file).volume_id
-    held = key_agent.find(volume_id)
+    volume = parse_volume(volume_file)
+    held = key_agent.find(volume.volume_id)
     if held is not None and held.state == "unlocked":
         return False
+    if volume.ephemeral:
+        raise hinted(
+            UnsupportedFormat("the ephemeral volume cannot be unlocked: its key is gone, what lies there is noise"),
+            f"`cryptfs mount {cipher_dir} MOUNTPOINT` makes a new one in its place",
+        )
+    shredding = shred_secret.read(volume)
     attempt = 1
     while True:
         secret = passphrase.ask() if sources.is_prompt else sources.read()
         try:
             with ui.waiting("unlocking"):
-                key_agent.unlock(volume_file, cipher_dir, secret, for_s=for_s, idle_s=idle_s)
+                key_agent.unlock(volume_file, cipher_dir, secret, shredding, for_s=for_s, idle_s=idle_s)
         except CryptfsError as failure:
             if not passphrase.is_retryable(sources, failure, attempt):
                 raise

@@ -38,13 +38,15 @@ class ProtectorWish:
 class VolumeWish:
     """A volume to be made; `protector` is None for an ephemeral one.
 
-    `shred_kind`: empty (none), ``agent`` (made and kept there) or another kind, with `shred_secret` (32 bytes).
+    `shred_kind`: empty (none), ``agent`` (made and kept there) or another kind, with `shred_secret` (32 bytes) and what
+    says where it lies.
     """
 
     block_size: int
     protector: ProtectorWish | None
     policy: Mapping[str, int] = field(default_factory=dict)
     shred_kind: str = ""
+    shred_params: Mapping[str, ParamValue] = field(default_factory=dict)
     shred_secret: bytes | bytearray = field(default=b"", repr=False)
 
     def args(self) -> dict[str, Any]:
@@ -55,6 +57,7 @@ class VolumeWish:
             **protector.args(),
             "policy": dict(self.policy),
             "shred_kind": self.shred_kind,
+            "shred_params": dict(self.shred_params),
             "shred_secret": bytes(self.shred_secret),
         }
 

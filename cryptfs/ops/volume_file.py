@@ -49,13 +49,26 @@ class VolumeEdit:
                     fresh.unlink()
                 raise
             self.data = data
-            directory = os.open(self.cipher_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            _sync_directory(self.cipher_dir)
         except OSError as error:
             raise StoreFailed(f"{self.cipher_dir / VOLUME_FILE} cannot be replaced: {error.strerror}") from error
+
+    def overwrite(self) -> None:
+        """Destroy the file: zeros over it, synced, then no file. Raises `StoreFailed`.
+
+        A crash in between leaves the file, or one of zeros, which is no volume.
+        """
+        path = self.cipher_dir / VOLUME_FILE
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                (self.cipher_dir / FRESH).unlink()
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "wb", buffering=0) as file:
+                file.write(bytes(len(self.data)))
+                os.fsync(file.fileno())
+            path.unlink()
+            _sync_directory(self.cipher_dir)
+        except OSError as error:
+            raise StoreFailed(f"{path} cannot be destroyed: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -66,6 +79,14 @@ def editing(cipher_dir: Path) -> Iterator[VolumeEdit]:
         yield VolumeEdit(cipher_dir, read_volume_file(cipher_dir))
     finally:
         os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _locked(cipher_dir: Path) -> int:

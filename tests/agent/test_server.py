@@ -224,6 +224,7 @@ CREATE: dict[str, Any] = {
     "secret": b"x",
     "policy": {},
     "shred_kind": "",
+    "shred_params": {},
     "shred_secret": b"",
 }
 UNLOCK: dict[str, Any] = {

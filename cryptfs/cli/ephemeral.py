@@ -1,0 +1,62 @@
+"""Ephemeral volumes: every mount makes a new one in the place of the last, whose key nobody has any more.
+
+The old `volume` file stays until the new volume is whole, so that a directory in which this was interrupted is still
+known for what it is, and the next mount begins again: leftovers, then a new volume, its file renamed over the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+from cryptfs.errors import StoreFailed, UnsupportedFormat, VolumeBusy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cryptfs.format.volume import Volume
+
+LEFTOVERS = ("volume.new", "state", "tree", "sidecars", "tmp", "damaged", "domains")
+"""What a volume has in its directory besides the file `volume` (FORMAT.md §2)."""
+
+
+def renew(cipher_dir: Path, volume: Volume) -> bool:
+    """Make a new volume of the same block size in the place of an ephemeral one that nobody can open any more.
+
+    Its key stays with the agent. False, and nothing done, if the agent still has the key of the one there. Raises
+    `VolumeBusy` if it is mounted, `StoreFailed`, `AgentUnavailable`.
+    """
+    from cryptfs.cli import key_agent
+    from cryptfs.keys.edit_requests import VolumeWish
+    from cryptfs.store.local import LocalStore
+
+    if not volume.ephemeral:
+        raise UnsupportedFormat("only an ephemeral volume is made anew")
+    if key_agent.is_unlocked(volume.volume_id):
+        return False
+    store = LocalStore(cipher_dir)
+    try:
+        try:
+            store.lock()
+        except BlockingIOError:
+            raise VolumeBusy("the volume is mounted or being changed by another process") from None
+        _remove_leftovers(cipher_dir)
+        key_agent.create_volume(cipher_dir, VolumeWish(volume.block_size, None), keep=True)
+    finally:
+        store.close_store()
+    return True
+
+
+def _remove_leftovers(cipher_dir: Path) -> None:
+    for name in LEFTOVERS:
+        path = cipher_dir / name
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        except OSError as error:
+            raise StoreFailed(f"{path}: {error.strerror}") from error

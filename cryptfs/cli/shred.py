@@ -1,0 +1,97 @@
+"""`cryptfs shred DIR`: destroy a volume for good.
+
+What a crash leaves, in the order of things: nothing done; the shred secret destroyed, so that nothing opens the volume
+or a copy of it; the `volume` file overwritten as well, which where there is no shred secret makes this copy noise.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cryptfs.cli import ui
+
+if TYPE_CHECKING:
+    from cryptfs.format.volume import Volume
+
+
+@click.command()
+@click.argument("dir", type=click.Path(path_type=Path))
+@click.option("--yes", is_flag=True, help="Do not ask: for scripts.")
+def shred(dir: Path, *, yes: bool) -> None:  # noqa: A002
+    """Destroy the keys of the volume DIR: what is encrypted under them is noise from then on, for everybody.
+
+    With a shred secret that holds for every copy of the volume, too. Nothing is asked for but your word: no passphrase
+    is needed to destroy.
+    """
+    from cryptfs.ops.info import read_volume
+    from cryptfs.ops.volume_file import editing
+
+    cipher_dir = Path(os.path.realpath(dir))
+    volume = read_volume(cipher_dir)
+    _check_idle(cipher_dir, volume)
+    _say_what_goes(cipher_dir, volume)
+    if not yes:
+        _ask(cipher_dir)
+    with editing(cipher_dir) as edit, ui.waiting("destroying the keys"):
+        _check_idle(cipher_dir, volume)
+        _destroy_secret(volume)
+        edit.overwrite()
+    ui.done(f"{cipher_dir} is shredded: what lies there is noise, and can be removed")
+
+
+def _destroy_secret(volume: Volume) -> None:
+    from cryptfs.cli import key_agent, shred_secret
+
+    path = shred_secret.path_of(volume)
+    if path is not None and path.exists():
+        # What is no secret of this kind is not ours to overwrite.
+        shred_secret.read(volume)
+    # The agent first, as it refuses if somebody has mounted the volume meanwhile.
+    destroyed = key_agent.shred(volume.volume_id)
+    if path is not None:
+        destroyed = shred_secret.destroy(path)
+    if volume.shred is not None and not destroyed:
+        ui.note("the shred secret was not on this machine (any more)")
+
+
+def _check_idle(cipher_dir: Path, volume: Volume) -> None:
+    from cryptfs.cli import key_agent, mounts
+    from cryptfs.cli.advice import hinted
+    from cryptfs.errors import VolumeBusy
+
+    daemon = mounts.daemon_of_volume(cipher_dir)
+    held = key_agent.find(volume.volume_id)
+    if daemon is not None or (held is not None and held.daemon_pid is not None):
+        where = daemon.mountpoint if daemon is not None else held.mountpoint if held is not None else "?"
+        raise hinted(VolumeBusy(f"the volume is mounted on {where}"), f"`cryptfs umount {where}` first")
+
+
+def _say_what_goes(cipher_dir: Path, volume: Volume) -> None:
+    from cryptfs.cli import shred_secret
+
+    if volume.ephemeral:
+        ui.note("an ephemeral volume: its key was never stored anywhere, only its `volume` file is removed")
+    elif volume.shred is None:
+        names = ", ".join(f"{protector.label!r} ({protector.kind})" for protector in volume.protectors)
+        ui.warning(
+            f"{cipher_dir} has no shred secret: whoever has a copy of its file `volume` and the secret of one of its "
+            f"protectors ({names}) can still open whatever was copied along with it"
+        )
+    elif volume.shred.kind == shred_secret.KEYFILE:
+        where = shred_secret.path_of(volume)
+        ui.warning(f"the shred secret in {where} is destroyed; copies of that file are yours to destroy")
+    else:
+        ui.warning("the shred secret on this machine is destroyed: nothing opens the volume or a copy of it any more")
+
+
+def _ask(cipher_dir: Path) -> None:
+    from cryptfs.errors import UsageError
+
+    name = cipher_dir.name
+    typed = click.prompt(f"Type the directory's name ({name}) to destroy it for good", default="", show_default=False)
+    if typed != name:
+        raise UsageError("that is not its name: nothing was changed")

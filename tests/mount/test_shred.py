@@ -1,0 +1,164 @@
+"""Volumes destroyed for good, and volumes that nobody could ever keep."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.box import PASSPHRASE, Box, boxed
+
+SHRED_SECRET_MISSING = 29
+BUSY = 14
+NOT_A_VOLUME = 10
+USAGE = 2
+
+
+@pytest.fixture
+def bare(fuse: None, short_tmp: Path) -> Iterator[Box]:
+    """Everything but the volume."""
+    with boxed(short_tmp) as box:
+        yield box
+
+
+def written(box: Box) -> None:
+    box.mount()
+    (box.clear / "records").write_bytes(b"customer 4711\n" * 100)
+    os.sync()
+    box.umount()
+
+
+def put_back(box: Box, copy: Path) -> None:
+    shutil.rmtree(box.vault)
+    shutil.copytree(copy, box.vault, symlinks=True)
+
+
+@pytest.mark.parametrize("where", ["agent", "keyfile"])
+def test_no_earlier_copy_opens_a_shredded_volume(bare: Box, where: str) -> None:
+    keyfile = bare.root / "shred.key"
+    bare.init(*(["--shred-secret"] if where == "agent" else ["--shred-keyfile", str(keyfile)]))
+    written(bare)
+    copy = bare.root / "yesterday"
+    shutil.copytree(bare.vault, copy, symlinks=True)
+    bare.mount()
+    assert (bare.clear / "records").read_bytes().startswith(b"customer")
+    bare.umount()
+    bare.run("shred", "--yes", bare.vault)
+    assert not keyfile.exists()
+    bare.run("mount", bare.vault, bare.clear, code=NOT_A_VOLUME)
+    # With everything anybody could have kept: the whole directory, and the passphrase.
+    put_back(bare, copy)
+    assert "shred secret" in bare.mount(code=SHRED_SECRET_MISSING)
+    assert "shred secret" in bare.run("unlock", bare.vault, code=SHRED_SECRET_MISSING).stderr
+    bare.run("export", bare.vault, "/records", bare.root / "out", code=SHRED_SECRET_MISSING)
+
+
+def test_where_there_is_no_shred_secret_a_copy_still_opens_and_the_command_says_so(bare: Box) -> None:
+    bare.init()
+    written(bare)
+    copy = bare.root / "yesterday"
+    shutil.copytree(bare.vault, copy, symlinks=True)
+    said = bare.run("shred", "--yes", bare.vault).stderr
+    assert "no shred secret" in said
+    assert "'passphrase'" in said
+    assert not (bare.vault / "volume").exists()
+    put_back(bare, copy)
+    bare.mount()
+    assert (bare.clear / "records").exists()
+    bare.umount()
+
+
+def test_a_mounted_volume_is_not_shredded(bare: Box) -> None:
+    bare.init("--shred-secret")
+    bare.mount()
+    (bare.clear / "here").write_text("still")
+    assert str(bare.clear) in bare.run("shred", "--yes", bare.vault, code=BUSY).stderr
+    bare.remount()
+    assert (bare.clear / "here").read_text() == "still"
+    bare.umount()
+
+
+def test_another_name_or_none_destroys_nothing(bare: Box) -> None:
+    bare.init("--shred-secret")
+    before = (bare.vault / "volume").read_bytes()
+    bare.run("shred", bare.vault, code=None)
+    assert (bare.vault / "volume").read_bytes() == before
+    bare.unlock()
+
+
+def test_a_shred_key_file_that_is_gone_moved_or_another(bare: Box) -> None:
+    keyfile = bare.root / "stick" / "shred.key"
+    keyfile.parent.mkdir()
+    bare.init("--shred-keyfile", str(keyfile))
+    assert keyfile.stat().st_mode & 0o777 == 0o600
+    moved = keyfile.rename(bare.root / "moved.key")
+    assert str(keyfile) in bare.run("unlock", bare.vault, code=SHRED_SECRET_MISSING).stderr
+    bare.run("unlock", bare.vault, env={"CRYPTFS_SHRED_KEYFILE": str(moved)})
+    bare.run("lock", bare.vault)
+    other = bare.root / "other.key"
+    other.write_bytes(os.urandom(32))
+    for data in (os.urandom(32), bytes(32), b"short"):
+        other.write_bytes(data)
+        bare.run("unlock", bare.vault, code=SHRED_SECRET_MISSING, env={"CRYPTFS_SHRED_KEYFILE": str(other)})
+    # A file that is no such secret is not overwritten by a shred.
+    other.write_bytes(b"a letter")
+    bare.run("shred", "--yes", bare.vault, code=SHRED_SECRET_MISSING, env={"CRYPTFS_SHRED_KEYFILE": str(other)})
+    assert other.read_bytes() == b"a letter"
+    bare.run("unlock", bare.vault, env={"CRYPTFS_SHRED_KEYFILE": str(moved)})
+
+
+def test_an_init_that_fails_leaves_no_shred_key_file(bare: Box) -> None:
+    bare.vault.mkdir(mode=0o700)
+    (bare.vault / "in the way").touch()
+    keyfile = bare.root / "shred.key"
+    bare.run("init", "--shred-keyfile", str(keyfile), bare.vault, code=USAGE)
+    assert not keyfile.exists()
+    keyfile.write_bytes(b"mine")
+    (bare.vault / "in the way").unlink()
+    bare.run("init", "--shred-keyfile", str(keyfile), bare.vault, code=USAGE)
+    assert keyfile.read_bytes() == b"mine"
+
+
+def test_an_ephemeral_volume_is_gone_with_its_mount(bare: Box) -> None:
+    bare.init("--ephemeral")
+    bare.mount()
+    (bare.clear / "scratch").write_bytes(b"for now" * 1000)
+    left = bare.vault / "tree"
+    bare.umount()
+    assert len(list(left.iterdir())) == 2, "the noise is there until the next mount"
+    assert "ephemeral" in bare.run("unlock", bare.vault, code=12).stderr
+    bare.mount()
+    assert list(bare.clear.iterdir()) == []
+    (bare.clear / "again").write_text("works")
+    assert (bare.clear / "again").read_text() == "works"
+    bare.umount()
+
+
+@pytest.mark.parametrize("how", ["killed", "half made"])
+def test_leftovers_of_an_ephemeral_volume_are_cleaned_up(bare: Box, how: str) -> None:
+    bare.init("--ephemeral")
+    bare.mount()
+    (bare.clear / "scratch").write_bytes(b"for now" * 1000)
+    if how == "killed":
+        bare.kill_daemon()
+        bare.run("umount", bare.clear, code=None)
+    else:
+        bare.umount()
+        shutil.rmtree(bare.vault / "sidecars")
+        (bare.vault / "volume.new").write_bytes(b"half")
+    bare.mount()
+    assert list(bare.clear.iterdir()) == []
+    bare.umount()
+
+
+def test_ephemeral_and_shred_secret_do_not_go_together(bare: Box) -> None:
+    for options in (["--ephemeral", "--shred-secret"], ["--shred-secret", "--shred-keyfile", "x"]):
+        bare.run("init", *options, bare.vault, code=USAGE)
+    passfile = bare.root / "pass"
+    passfile.write_text(PASSPHRASE)
+    passfile.chmod(0o600)
+    bare.run("init", "--ephemeral", "--passfile", passfile, bare.vault, code=USAGE)
+    assert not bare.vault.exists()
