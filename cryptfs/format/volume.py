@@ -248,11 +248,12 @@ def _volume(body: dict[str, Any]) -> Volume:
         len({protector.protector_id for protector in volume.protectors}) == len(volume.protectors),
         "two protectors have one id",
     )
+    # One number to compare with: what the root directory names must not be later than either.
+    _require(volume.volume_key.kek_version == volume.kek_version, "the volume key is not under the newest KEK")
     for protector in volume.protectors:
         versions = [kek.kek_version for kek in protector.keks]
         _require(
-            versions[-1] == volume.kek_version and volume.volume_key.kek_version in versions,
-            "a protector lacks a KEK version that is in use, or has one that is not yet",
+            versions[-1] == volume.kek_version, "a protector lacks the newest KEK, or has one that is not in use yet"
         )
         _require(
             versions == [kek.kek_version for kek in volume.protectors[0].keks], "protectors hold different KEK versions"

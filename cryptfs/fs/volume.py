@@ -6,14 +6,17 @@ import os
 
 import trio
 
-from cryptfs.errors import CryptfsError, VolumeBusy, VolumeDamaged
-from cryptfs.fs.context import FsContext, VolumeConfig, log
+from cryptfs.errors import CryptfsError, Damaged, RolledBack, VolumeBusy, VolumeDamaged
+from cryptfs.format.log import HEADER_BYTES
+from cryptfs.fs.context import FsContext, VolumeConfig, log, open_ours
 from cryptfs.fs.epoch import read_state, sign_state, write_slot, write_state
 from cryptfs.fs.files import Files
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.namespace import Namespace
 from cryptfs.fs.reaper import Reaper, remove_tree
+from cryptfs.fs.sealed_log import header_of
 from cryptfs.fs.xattr import Xattrs
+from cryptfs.names import DIR_LOG
 from cryptfs.ports import Clock, DekProvider, Random, Store
 
 
@@ -144,6 +147,7 @@ async def open_volume(
         volume_key = bytes(await ctx.volume_key())
         state = read_state(store, config.volume_id, volume_key)
         _open_directories(ctx)
+        _check_newest(ctx)
         if await keys.begin(state.sequence):
             log.info("this machine sees the volume for the first time: an older state of it could not be told")
         if read_only:
@@ -172,6 +176,27 @@ def _open_directories(ctx: FsContext) -> None:
             ctx.dir_fd(*path)
         except (FileNotFoundError, NotADirectoryError):
             raise VolumeDamaged(f"the volume's directory `{b'/'.join(path).decode()}` is missing") from None
+
+
+def _check_newest(ctx: FsContext) -> None:
+    """Raise `RolledBack` if the root directory's log is sealed under a later KEK than the `volume` file knows.
+
+    Then an older `volume` was put back. The header is not authenticated, which takes a key that may be destroyed:
+    whoever damages it gets the whole volume refused instead of its root directory, which amounts to the same.
+    """
+    store = ctx.store
+    try:
+        fd = open_ours(store, ctx.dir_fd(b"tree"), DIR_LOG, os.O_RDONLY)
+    except (OSError, Damaged):
+        return  # the root directory's own opening says what is wrong with it
+    try:
+        header = header_of(store.pread(fd, HEADER_BYTES, 0))
+    except (OSError, Damaged):
+        return
+    finally:
+        store.close(fd)
+    if header.kek_version > ctx.config.volume_key_kek:
+        raise RolledBack("the volume file is older than the volume: its root directory names a later key version")
 
 
 def _empty_tmp(ctx: FsContext) -> None:

@@ -98,7 +98,10 @@ def test_a_protector_of_which_only_some_versions_open_is_damaged() -> None:
     made = create()
     [protector] = made.volume.protectors
     two = dataclasses.replace(protector, keks=(*protector.keks, WrappedKey(2, protector.keks[0].wrapped)))
-    edited = sealed(dataclasses.replace(made.volume, kek_version=2, protectors=(two,)), made.keks[1].view())
+    edited = sealed(
+        dataclasses.replace(made.volume, kek_version=2, volume_key=WrappedKey(2, bytes(40)), protectors=(two,)),
+        made.keks[1].view(),
+    )
     with pytest.raises(VolumeDamaged, match="not all"):
         unlock_volume(edited, Key(Secret.of(b"right")), PROVIDERS)
 

@@ -140,7 +140,7 @@ def volumes(draw: st.DrawFn) -> Volume:
         features=(),
         root_dir_id=draw(ids),
         kek_version=held[-1],
-        volume_key=WrappedKey(draw(st.sampled_from(held)), draw(st.binary(min_size=40, max_size=40))),
+        volume_key=WrappedKey(held[-1], draw(st.binary(min_size=40, max_size=40))),
         protectors=tuple(made),
         policy=draw(policies),
         shred=draw(st.none() | st.builds(ShredSecret, st.text(max_size=8), plain, ids)),
@@ -212,6 +212,7 @@ def test_protectors_with_different_kek_versions_are_damage() -> None:
     whole = body()
     other = dict(whole["protectors"][0], id=b"q" * 16, keks=[[1, bytes(60)], [2, bytes(60)]])
     whole["kek_version"] = 2
+    whole["volume_key"] = [2, bytes(40)]
     whole["protectors"] = [other, dict(other, id=b"r" * 16, keks=[[2, bytes(60)]])]
     with pytest.raises(VolumeDamaged, match="protector"):
         parse_volume(file_of(packing.pack(whole)))
