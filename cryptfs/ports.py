@@ -43,6 +43,14 @@ class FreshKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewrapped:
+    """Keys wrapped anew, under KEK `kek_version`. `wrapped[i]`: all keys of run i joined, in the order they came."""
+
+    kek_version: int
+    wrapped: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class Kit:
     """Everything a file (or directory) that does not exist yet needs: used for exactly one, then gone.
 
@@ -126,6 +134,18 @@ class DekProvider(FreshnessRecord, Protocol):
 
     async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
         """`count` new keys under the newest KEK. Each is to be used for one encryption."""
+        ...
+
+    async def rewrap(self, runs: Sequence[KeyRun]) -> Rewrapped:
+        """The keys of every run wrapped under the newest KEK; none of them leaves its holder for that.
+
+        What was in the cache under an old wrap is there under the new one, too. Raises `Damaged("wrap")` if any key of
+        a run does not unwrap under that log's wrapping key.
+        """
+        ...
+
+    def renew(self, kek_version: int) -> None:
+        """Hand out nothing more that was made under an older KEK than this: kits and stocks that were are dropped."""
         ...
 
     def take_kit(self) -> Kit | None:

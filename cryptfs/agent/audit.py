@@ -50,7 +50,7 @@ _QUIET = frozenset({"hello", "status", "floors", "record", "begin", "locked", "a
 """Verbs that hand out no key and change nothing worth a line; their refusal is one."""
 _SELF_TOLD = frozenset({"create", "unlock"})
 """They call `unlocked` before the KEK is held."""
-_GUARDED = frozenset({"attach", "generate", "kits", "unwrap", "keep"})
+_GUARDED = frozenset({"attach", "generate", "kits", "unwrap", "rewrap", "keep"})
 """Refused if they cannot be recorded."""
 _CHANGES = frozenset(
     {
@@ -309,6 +309,8 @@ def _detail_of(verb: str, args: Mapping[str, Any]) -> Detail:
 def _files_of(verb: str, args: Mapping[str, Any], result: Mapping[str, Any] | None) -> tuple[Touched, ...]:
     if verb == "unwrap":
         return touched_by(args["items"], None if result is None else result["keys"])
+    if verb == "rewrap":
+        return touched_by(args["items"], None if result is None else result["wrapped"])
     if verb == "generate":
         return (Touched(args["id"], args["purpose"], args["count"]),) if _is_id(args["id"]) else ()
     if verb == "kits" and result is not None:

@@ -149,6 +149,27 @@ class Keyring:
             keys.append(unwrap_keys(wrapper, wrapped, wrapped_bytes(purpose)))
         return keys
 
+    def rewrap(self, volume_id: bytes, items: Sequence[UnwrapItem]) -> tuple[int, list[bytes | None]]:
+        """(newest KEK version, the keys of each item wrapped under it, joined; None as for `unwrap`).
+
+        Raises as `unwrap` does.
+        """
+        held = self._of(volume_id)
+        version = held.kek_version
+        kek = held.keks[version].view()
+        wrappers: dict[tuple[bytes, Purpose], bytes] = {}
+        wrapped: list[bytes | None] = []
+        for (log_id, purpose, _, _), keys in zip(items, self.unwrap(volume_id, items), strict=True):
+            if keys is None:
+                wrapped.append(None)
+                continue
+            wrapper = wrappers.get((log_id, purpose))
+            if wrapper is None:
+                wrapper = wrappers[log_id, purpose] = wrapping_key(kek, purpose, volume_id, log_id, version)
+            size = key_bytes(purpose)
+            wrapped.append(wrap_keys(wrapper, [keys[at : at + size] for at in range(0, len(keys), size)]))
+        return version, wrapped
+
     def _of(self, volume_id: bytes) -> _Held:
         held = self._held.get(volume_id)
         if held is None:

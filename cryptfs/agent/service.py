@@ -109,6 +109,7 @@ class Service:
         )  # fmt: skip
         self._inline: Mapping[str, Callable[[Args], dict[str, Any]]] = {
             "unwrap": self._unwrap,
+            "rewrap": self._rewrap,
             "generate": self._generate,
             "kits": self._kits,
             "keep": self._keep,
@@ -355,7 +356,7 @@ class Service:
         return {}
 
     def _refuse_while_locking(self, request: Request) -> None:
-        if request.verb in ("unwrap", "generate", "kits"):
+        if request.verb in ("unwrap", "rewrap", "generate", "kits"):
             raise VolumeLocked("the volume is being locked")
 
     def _forget(self, volume_id: bytes) -> bool:
@@ -489,6 +490,13 @@ class Service:
             raise VolumeLocked("the volume was locked meanwhile")
         floors = [record.floor(log_id) if purpose in _LOG_PURPOSES else 0 for log_id, purpose, _, _ in items]
         return {"keys": keys, "floors": floors}
+
+    def _rewrap(self, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "items")
+        volume_id, items = arg.get_id(args, "volume_id"), arg.get_items(args, "items")
+        self.locks.used(volume_id)
+        kek_version, wrapped = self._keyring.rewrap(volume_id, items)
+        return {"kek_version": kek_version, "wrapped": wrapped}
 
     async def _stop(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,17 @@ def get_floors(result: Mapping[str, Any], count: int) -> list[int]:
     if type(floors) is not list or len(floors) != count or any(type(n) is not int or n < DELETED for n in floors):
         raise ProtocolError("floors is no array of generations of the right length")
     return floors
+
+
+def get_rewrapped(result: Mapping[str, Any], items: Sequence[tuple[bytes, str, int, bytes, int]]) -> list[bytes | None]:
+    """One answer per item, as long as its wraps, or None. Raises `ProtocolError` for anything else."""
+    wrapped = result.get("wrapped")
+    if type(wrapped) is not list or len(wrapped) != len(items):
+        raise ProtocolError("wrapped is no array of the right length")
+    for joined, item in zip(wrapped, items, strict=True):
+        if joined is not None and (type(joined) is not bytes or len(joined) != len(item[3])):
+            raise ProtocolError("wrapped keys of a wrong length")
+    return wrapped
 
 
 def get_kit(row: object, sizes: tuple[int, ...]) -> Kit:

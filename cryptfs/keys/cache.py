@@ -12,20 +12,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
-from cryptfs.errors import CryptfsError, Damaged, VolumeLocked
+from cryptfs.errors import AgentUnavailable, CryptfsError, Damaged, VolumeLocked
 from cryptfs.keys.policy import SWEEP_INTERVAL_S, CachePolicy
-from cryptfs.ports import Clock, FreshKeys, KeyRun, Kit
+from cryptfs.keys.stretches import contiguous, requests_of
+from cryptfs.ports import Clock, FreshKeys, KeyRun, Kit, Rewrapped
 from cryptfs.types import DEK_BYTES, DELETED, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES, Purpose
 
 _KITS_MAX = 256
 _KITS_MIN = 8
 _DEKS_PER_KIT = 2
 _WARM_RUNS_MAX = 256
+_ASKED_AGAIN = 1
 
 _LOG_PURPOSES = frozenset({Purpose.LOG_FILE, Purpose.LOG_DIR})
 
@@ -44,6 +46,10 @@ class Upstream(Protocol):
 
     async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
         """KEK version, new keys joined, their wraps joined."""
+        ...
+
+    async def rewrap(self, items: Sequence[UnwrapItem]) -> tuple[int, list[bytes | None]]:
+        """Newest KEK version, and each item's keys wrapped under it, joined; None where any is not authentic."""
         ...
 
     async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
@@ -116,6 +122,8 @@ class KeyCache:
         """By log: its floor and the newest batch that brought it, which outlives every key of the log in here."""
         self._kits: deque[tuple[Kit, _Batch]] = deque()
         self._kits_wanted = _KITS_MIN
+        self._least_version = 0
+        """Nothing made under an older KEK is handed out."""
         self._refill = trio.Event()
         self._refilling = trio.Lock()
         self._closed = False
@@ -198,7 +206,7 @@ class KeyCache:
         if not wanted:
             return {}
         event = trio.Event()
-        wanted = _contiguous(wanted)
+        wanted = contiguous(wanted)
         for _, wraps in wanted:
             self._in_flight.update(dict.fromkeys(wraps, event))
         try:
@@ -240,16 +248,65 @@ class KeyCache:
     async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
         """See `DekProvider.generate`."""
         self._check_open()
-        self.statistics.round_trips += 1
-        kek_version, keys, joined = await self._upstream.generate(log_id, purpose.value, count)
+        for _ in range(_ASKED_AGAIN + 1):
+            self.statistics.round_trips += 1
+            kek_version, keys, joined = await self._upstream.generate(log_id, purpose.value, count)
+            # An answer that was under way when the KEK was replaced is of the old one.
+            if kek_version >= self._least_version:
+                break
+        else:
+            raise AgentUnavailable("the key agent makes keys under a KEK that was replaced")
         names = purpose is Purpose.NAMES
         wraps = _split(joined, WRAPPED_NAMES_BYTES if names else WRAPPED_BYTES)
         views, batch = self._store(bytearray(keys), wraps, [NAMES_KEY_BYTES if names else DEK_BYTES] * count)
         fresh = FreshKeys(kek_version, [views[w] for w in wraps], wraps)
         batch.stocks.append(fresh)
         if purpose in _LOG_PURPOSES:
-            self._know(log_id, 0, batch)
+            # A second key for a log that is known (a rotation's) must not make its floor forgotten.
+            self._know(log_id, self.floor(log_id), batch)
         return fresh
+
+    async def rewrap(self, runs: Sequence[KeyRun]) -> Rewrapped:
+        """See `DekProvider.rewrap`."""
+        version, wrapped = 0, [bytearray() for _ in runs]
+        for request in requests_of(runs):
+            self._check_open()
+            self.statistics.round_trips += 1
+            items = [
+                (run.log_id, run.purpose.value, run.kek_version, b"".join(run.wrapped), run.first_block)
+                for _, run in request
+            ]
+            now, answers = await self._upstream.rewrap(items)
+            if version not in (0, now):
+                # The KEK was replaced once more meanwhile: all of it under the newest one.
+                return await self.rewrap(runs)
+            version = now
+            for (number, run), item, answer in zip(request, items, answers, strict=True):
+                if answer is None or len(answer) != len(item[3]):
+                    raise Damaged("wrap", f"{run.purpose.value} key, blocks from {run.first_block}")
+                wrapped[number] += answer
+                self._rename(run.wrapped, _split(answer, len(run.wrapped[0])))
+        return Rewrapped(version, [bytes(joined) for joined in wrapped])
+
+    def _rename(self, old: Sequence[bytes], new: Sequence[bytes]) -> None:
+        """Let keys that are here be found by their new wraps, too: until the same deadline."""
+        if not self.policy.caching or self.policy.max_uses is not None:
+            return
+        for before, after in zip(old, new, strict=True):
+            slot = self._slots.get(before)
+            if slot is not None and slot.batch.deadline > self._monotonic():
+                self._slots[after] = _Slot(slot.view, slot.batch)
+                slot.batch.wraps.append(after)
+        self._make_room()
+
+    def renew(self, kek_version: int) -> None:
+        """See `DekProvider.renew`."""
+        self._least_version = max(self._least_version, kek_version)
+        self._kits = deque(each for each in self._kits if each[0].kek_version >= self._least_version)
+        for batch in self._batches:
+            for stock in batch.stocks:
+                stock.wiped = stock.wiped or stock.kek_version < self._least_version
+        self._refill.set()
 
     # freshness -------------------------------------------------------------------------------------------------
 
@@ -326,9 +383,14 @@ class KeyCache:
 
     async def _new_kits(self, count: int, *, directory: bool) -> list[tuple[Kit, _Batch]]:
         self._check_open()
-        self.statistics.round_trips += 1
         deks = 0 if directory else _DEKS_PER_KIT
-        kek_version, raw = await self._upstream.kits(directory=directory, count=count, deks=deks)
+        for _ in range(_ASKED_AGAIN + 1):
+            self.statistics.round_trips += 1
+            kek_version, raw = await self._upstream.kits(directory=directory, count=count, deks=deks)
+            if kek_version >= self._least_version:
+                break
+        else:
+            raise AgentUnavailable("the key agent makes keys under a KEK that was replaced")
         clear: list[bytes] = []
         wraps: list[bytes] = []
         widths: list[int] = []
@@ -377,10 +439,13 @@ class KeyCache:
         if caching:
             for wrapped, key in views.items():
                 self._slots[wrapped] = _Slot(key, batch)
-            while len(self._slots) > self.policy.max_entries and self._batches:
-                self._wipe(self._batches.popleft())
+            self._make_room()
         self._batches.append(batch)
         return views, batch
+
+    def _make_room(self) -> None:
+        while len(self._slots) > self.policy.max_entries and self._batches:
+            self._wipe(self._batches.popleft())
 
     def _wipe(self, batch: _Batch) -> None:
         """Overwrite a batch and forget it. Views that are still held read zeros from now on, and stocks say so."""
@@ -444,25 +509,6 @@ class KeyCache:
         while True:
             await trio.sleep(SWEEP_INTERVAL_S)
             self.sweep()
-
-
-def _contiguous(wanted: list[tuple[KeyRun, list[bytes]]]) -> list[tuple[KeyRun, list[bytes]]]:
-    """The same, with a run for each stretch of blocks that are asked for: what the audit log says is exact."""
-    out: list[tuple[KeyRun, list[bytes]]] = []
-    for run, wraps in wanted:
-        if run.purpose is not Purpose.BLOCK or len(wraps) == len(run.wrapped):
-            out.append((run, wraps))
-            continue
-        asked = set(wraps)
-        stretch: list[bytes] = []
-        for number, wrapped in enumerate(run.wrapped):
-            if wrapped not in asked:
-                stretch = []
-                continue
-            if not stretch:
-                out.append((replace(run, wrapped=stretch, first_block=run.first_block + number), stretch))
-            stretch.append(wrapped)
-    return out
 
 
 def _split(joined: bytes, width: int) -> list[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from cryptfs.keys.agent_answers import get_bool, get_floors, get_int
+from cryptfs.keys.agent_answers import get_bool, get_floors, get_int, get_rewrapped
 from cryptfs.keys.agent_client import AgentClient
 from cryptfs.keys.cache import KitBytes, UnwrapItem
 
@@ -36,6 +36,13 @@ class VolumeRequests:
     async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
         """See `Upstream`."""
         return await (await self._connection()).generate(self.volume_id, log_id, purpose, count)
+
+    async def rewrap(self, items: Sequence[UnwrapItem]) -> tuple[int, list[bytes | None]]:
+        """See `Upstream`; at most 4096 keys at once."""
+        client = await self._connection()
+        result = await client.request("rewrap", {"volume_id": self.volume_id, "items": items})
+        with client.rubbish_is_loss():
+            return get_int(result, "kek_version"), get_rewrapped(result, items)
 
     async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
         """See `Upstream`; at most 256 at once."""

@@ -12,7 +12,7 @@ import trio
 
 from cryptfs.crypto.wrap import key_bytes, unwrap_keys, wrap_keys, wrapped_bytes, wrapping_key
 from cryptfs.errors import CryptfsError, Damaged
-from cryptfs.ports import Clock, FreshKeys, KeyRun, Kit, Random
+from cryptfs.ports import Clock, FreshKeys, KeyRun, Kit, Random, Rewrapped
 from cryptfs.testing.freshness import FakeRecord
 from cryptfs.types import ID_BYTES, Purpose
 
@@ -23,29 +23,53 @@ _DEKS_PER_KIT = 2
 
 
 class FakeKek:
-    """One volume's KEK, version 1, and every wrap and unwrap under it."""
-
-    version = 1
+    """One volume's KEKs by version, and every wrap and unwrap under them. It begins with version 1."""
 
     def __init__(self, volume_id: bytes, random: Random) -> None:
         self.volume_id = volume_id
         self.random = random
-        self.kek = random(32)
+        self.version = 1
+        """The newest one's: what wraps every new key."""
+        self.keks = {1: random(32)}
+        self.least = 1
+        """Older versions are as good as destroyed."""
 
-    def _wrapper(self, purpose: Purpose, log_id: bytes) -> bytes:
-        return wrapping_key(self.kek, purpose, self.volume_id, log_id, self.version)
+    @property
+    def kek(self) -> bytes:
+        """The newest KEK."""
+        return self.keks[self.version]
+
+    def rotate(self) -> int:
+        """Make a new version, which is the newest from now on."""
+        self.version += 1
+        self.keks[self.version] = self.random(32)
+        return self.version
+
+    def destroy_older(self) -> None:
+        """Keep the newest only."""
+        self.keks = {self.version: self.kek}
+
+    def _wrapper(self, purpose: Purpose, log_id: bytes, version: int) -> bytes:
+        return wrapping_key(self.keks[version], purpose, self.volume_id, log_id, version)
 
     def fresh(self, log_id: bytes, purpose: Purpose, count: int) -> tuple[bytes, bytes]:
         """`count` new keys and their wraps, each joined."""
         size = key_bytes(purpose)
         keys = self.random(size * count)
-        return keys, wrap_keys(self._wrapper(purpose, log_id), _split(keys, size))
+        return keys, wrap_keys(self._wrapper(purpose, log_id, self.version), _split(keys, size))
 
     def unwrap(self, log_id: bytes, purpose: Purpose, kek_version: int, joined: bytes) -> bytes | None:
-        """The keys behind `joined`, joined; None if one is not authentic or of another KEK version."""
-        if kek_version != self.version:
+        """The keys behind `joined`, joined; None if one is not authentic or its KEK version is not there."""
+        if kek_version not in self.keks or kek_version < self.least:
             return None
-        return unwrap_keys(self._wrapper(purpose, log_id), joined, wrapped_bytes(purpose))
+        return unwrap_keys(self._wrapper(purpose, log_id, kek_version), joined, wrapped_bytes(purpose))
+
+    def rewrap(self, log_id: bytes, purpose: Purpose, kek_version: int, joined: bytes) -> bytes | None:
+        """The same keys under the newest KEK, joined; None as for `unwrap`."""
+        keys = self.unwrap(log_id, purpose, kek_version, joined)
+        if keys is None:
+            return None
+        return wrap_keys(self._wrapper(purpose, log_id, self.version), _split(keys, key_bytes(purpose)))
 
     def kit(self, *, directory: bool, deks: int) -> KitBytes:
         """A kit as the agent sends it."""
@@ -115,6 +139,20 @@ class FakeDekProvider:
         await self._round_trip()
         keys, wraps = self._kek.fresh(log_id, purpose, count)
         return self._stock(_split(keys, key_bytes(purpose)), _split(wraps, wrapped_bytes(purpose)))
+
+    async def rewrap(self, runs: Sequence[KeyRun]) -> Rewrapped:
+        await self._round_trip()
+        out: list[bytes] = []
+        for run in runs:
+            joined = self._kek.rewrap(run.log_id, run.purpose, run.kek_version, b"".join(run.wrapped))
+            if joined is None:
+                raise Damaged("wrap", f"{run.purpose.value} key, blocks from {run.first_block}")
+            out.append(joined)
+        return Rewrapped(self._kek.version, out)
+
+    def renew(self, kek_version: int) -> None:
+        for _, stock in self._stocks:
+            stock.wiped = stock.wiped or stock.kek_version < kek_version
 
     def take_kit(self) -> Kit | None:
         return None
@@ -206,6 +244,14 @@ class FakeUpstream:
         ]
         floors = [self.freshness.floor(log_id) if purpose.startswith("log-") else 0 for log_id, purpose, *_ in items]
         return self.garble(out) if self.garble is not None else out, floors
+
+    async def rewrap(self, items: Sequence[UnwrapItem]) -> tuple[int, list[bytes | None]]:
+        """(newest KEK version, each item's keys under it, joined; None where one is not authentic)."""
+        await self._asked(f"rewrap {len(items)}")
+        wrapped = [
+            self._kek.rewrap(log_id, Purpose(purpose), version, joined) for log_id, purpose, version, joined, _ in items
+        ]
+        return self._kek.version, wrapped
 
     async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
         """(KEK version, keys joined, wraps joined)."""

@@ -199,3 +199,55 @@ async def test_what_needs_the_agent_fails_while_it_is_away(provider: Provider, e
     provider.clock.advance(MAX_AGE_S)
     with pytest.raises(type(error)):
         await provider.keys.unwrap([run])
+
+
+async def test_rewrapped_keys_are_the_same_under_the_newest_kek(provider: Provider) -> None:
+    blocks = [provider.known() for _ in range(5000)]
+    names_key, names_wrapped = provider.known(Purpose.NAMES)
+    runs = [
+        KeyRun(LOG_ID, Purpose.BLOCK, 1, [w for _, w in blocks], 3),
+        KeyRun(LOG_ID, Purpose.NAMES, 1, (names_wrapped,)),
+    ]
+    version = provider.kek.rotate()
+    got = await provider.keys.rewrap(runs)
+    assert (got.kek_version, len(got.wrapped)) == (version, 2)
+    provider.kek.destroy_older()
+    wraps = [got.wrapped[0][at : at + WRAPPED_BYTES] for at in range(0, len(got.wrapped[0]), WRAPPED_BYTES)]
+    found = await provider.keys.unwrap(
+        [
+            KeyRun(LOG_ID, Purpose.BLOCK, version, wraps[:100], 3),
+            KeyRun(LOG_ID, Purpose.NAMES, version, (got.wrapped[1],)),
+            KeyRun(LOG_ID, Purpose.BLOCK, version, wraps[-100:], 3),
+        ]
+    )
+    assert [[bytes(v) for v in run] for run in found] == [
+        [k for k, _ in blocks[:100]], [names_key], [k for k, _ in blocks[-100:]],
+    ]  # fmt: skip
+
+
+async def test_only_what_unwraps_is_rewrapped(provider: Provider) -> None:
+    good, foreign = provider.known()[1], provider.known(log_id=b"M" * 16)[1]
+    provider.kek.rotate()
+    runs = [KeyRun(LOG_ID, Purpose.BLOCK, 1, (good,)), KeyRun(LOG_ID, Purpose.BLOCK, 1, (good, foreign), 9)]
+    with pytest.raises(Damaged) as caught:
+        await provider.keys.rewrap(runs)
+    assert caught.value.reason == "wrap"
+    provider.fail(VolumeLocked("locked"))
+    with pytest.raises(VolumeLocked):
+        await provider.keys.rewrap(runs[:1])
+    provider.fail(None)
+
+
+async def test_after_a_renewal_nothing_old_is_handed_out(provider: Provider) -> None:
+    stock = await provider.keys.generate(LOG_ID, Purpose.BLOCK, 3)
+    await provider.keys.make_kit(directory=False)
+    version = provider.kek.rotate()
+    before = stock.wiped
+    provider.keys.renew(version)
+    assert (before, stock.wiped) == (False, True)
+    assert (await provider.keys.generate(LOG_ID, Purpose.BLOCK, 1)).kek_version == version
+    for _ in range(20):
+        kit = provider.keys.take_kit() or await provider.keys.make_kit(directory=False)
+        assert kit.kek_version == version
+        assert kit.deks is not None
+        assert (kit.deks.kek_version, kit.deks.wiped) == (version, False)

@@ -13,7 +13,7 @@ from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.ports import FreshKeys, KeyRun
 from cryptfs.testing.clock import FakeClock, TrioClock
-from cryptfs.testing.keys import FakeKek, FakeUpstream
+from cryptfs.testing.keys import FakeKek, FakeUpstream, KitBytes
 from cryptfs.testing.randomness import SeededRandom
 from cryptfs.types import DEK_BYTES, WRAPPED_BYTES, Purpose
 
@@ -434,3 +434,44 @@ async def test_the_background_sweeps(autojump_clock: MockClock) -> None:
 def test_policies_that_mean_nothing_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         CachePolicy(**bad)  # type: ignore[arg-type]
+
+
+class Late(FakeUpstream):
+    """Its answers are made at once and come when `gate` is set."""
+
+    async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
+        answer = self._kek.version, *self._kek.fresh(log_id, Purpose(purpose), count)
+        await self._asked(f"generate {count}")
+        return answer
+
+    async def kits(self, *, directory: bool, count: int, deks: int) -> tuple[int, list[KitBytes]]:
+        answer = self._kek.version, [self._kek.kit(directory=directory, deks=deks) for _ in range(count)]
+        await self._asked(f"kits {count}")
+        return answer
+
+
+async def test_an_answer_of_the_old_kek_that_was_under_way_is_asked_for_again() -> None:
+    kek = FakeKek(b"V" * 16, SeededRandom(1))
+    upstream = Late(kek)
+    cache = KeyCache(upstream, CachePolicy(), FakeClock())
+    gate = upstream.gate = trio.Event()
+    got: list[int] = []
+
+    async def generate() -> None:
+        got.append((await cache.generate(LOG_ID, Purpose.BLOCK, 1)).kek_version)
+
+    async def kit() -> None:
+        got.append((await cache.make_kit(directory=False)).kek_version)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(generate)
+        nursery.start_soon(kit)
+        await wait_all_tasks_blocked()
+        cache.renew(kek.rotate())
+        gate.set()
+    assert got == [2, 2]
+    # One that never has the new KEK is not asked for ever.
+    cache.renew(3)
+    for call in (generate, kit):
+        with pytest.raises(AgentUnavailable):
+            await call()

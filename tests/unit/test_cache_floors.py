@@ -91,3 +91,12 @@ async def test_many_recorded_logs_cost_the_cache_nothing() -> None:
     await s.fetch()
     await s.cache.record({b"%016d" % number: 1 for number in range(1000)})
     assert len(s.cache._floors) == 1
+
+
+async def test_a_second_key_for_a_log_does_not_make_its_floor_forgotten() -> None:
+    s = Setup()
+    s.record.floors[LOG_ID] = 7
+    await s.cache.unwrap([KeyRun(LOG_ID, Purpose.LOG_FILE, 1, (s.wrapped,))])
+    assert s.cache.floor(LOG_ID) == 7
+    await s.cache.generate(LOG_ID, Purpose.LOG_FILE, 1)
+    assert s.cache.floor(LOG_ID) == 7
