@@ -68,6 +68,10 @@ class Extent:
         at = (block - self.base) * TAG_BYTES
         return self.tags[at : at + TAG_BYTES]
 
+    def take_wraps(self, other: Extent) -> None:
+        """The same blocks under other wraps: from now on they are `other`'s."""
+        self.kek_version, self.wrapped, self.tags, self.base = other.kek_version, other.wrapped, other.tags, other.base
+
     def run(self) -> Run:
         """As a sidecar record."""
         a, b = self.first - self.base, self.end - self.base

@@ -17,6 +17,7 @@ from cryptfs.format.sidecar import Sealed, SidecarPayload, decode_sidecar
 from cryptfs.fs.context import FsContext, open_ours, sidecar_name
 from cryptfs.fs.freshness import check
 from cryptfs.fs.log_gap import acknowledged_in_tail
+from cryptfs.fs.rewrapping import Rewrapping
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
 from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose, epoch_of
@@ -133,6 +134,43 @@ async def write_xattrs(ctx: FsContext, log_id: bytes, known: AttrLog | None, xat
         key[:] = bytes(len(key))
         ctx.store.close(log.fd)
     ctx.freshness.durable(log_id, generation)
+
+
+def is_under(known: AttrLog, kek_version: int) -> bool:
+    """Whether everything that reading this takes is wrapped under this KEK or a newer one."""
+    sealed = all(each is None or each.kek_version >= kek_version for each in (known.target, known.xattrs))
+    return known.replayed.header.kek_version >= kek_version and sealed
+
+
+async def rotate_attr_log(ctx: FsContext, log_id: bytes, known: AttrLog, kek_version: int) -> Sealed | None:
+    """Rewrite it under the newest KEK, at least `kek_version`, with a new MAC key: durable when this returns.
+
+    The xattr set as it is now. Raises OSError, key errors. The caller lets nobody else change this log meanwhile.
+    """
+    anew = Rewrapping(ctx.keys, log_id, kek_version)
+    target, xattrs = await anew.sealed(known.target), await anew.sealed(known.xattrs)
+    made = await anew.log_key(Purpose.LOG_FILE)
+    key = bytearray(made.keys[0])
+    header = LogHeader(KIND_FILE, made.kek_version, log_id, made.wrapped[0])
+    payload = SidecarPayload(xattrs=xattrs, target=target)
+    assert ctx.state is not None
+    last = known.replayed.heads[known.keep - 1].generation
+    durable = last if epoch_of(last) < ctx.state.epoch else known.replayed.durable_up_to
+    # See `Journal._rotate`: the snapshot is what the last frame said, under its number.
+    snapshot = Frame(last, known.replayed.durable_up_to, known.size, payload.encode(), flags=payload.flags)
+    word = Frame(ctx.next_generation(), durable, known.size, SidecarPayload().encode())
+    where, name = ctx.sidecar_dir(log_id), sidecar_name(log_id)
+    log = SealedLog.resume(open_ours(ctx.store, where, name, os.O_RDONLY), known.replayed, known.keep)
+    try:
+        log = await ctx.in_thread(log.rewrite, ctx.store, where, name, key, header, snapshot, word)
+        ctx.freshness.wrote(log_id, word.generation)
+        with ctx.freshness.doubted_on_failure(log_id):
+            await ctx.in_thread(ctx.store.fsync, where)
+    finally:
+        key[:] = bytes(len(key))
+        ctx.store.close(log.fd)
+    ctx.freshness.durable(log_id, word.generation)
+    return xattrs
 
 
 async def make_attr_log(ctx: FsContext, log_id: bytes, xattrs: Sealed | None) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import trio
@@ -121,6 +121,17 @@ class FsContext:
             return key
         purpose = Purpose.LOG_FILE if kit.names_wrapped is None else Purpose.LOG_DIR
         return (await self.keys.unwrap([KeyRun(kit.log_id, purpose, kit.kek_version, (kit.log_wrapped,))]))[0][0]
+
+    async def adopt_volume_key(self, kek_version: int, wrapped: bytes) -> None:
+        """From now on the volume key is found by another wrap of it, as `volume` has it after a rotation.
+
+        Raises `Damaged("wrap")` if that is another key, or none; key errors. Then nothing has changed.
+        """
+        run = KeyRun(bytes(16), Purpose.VOLUME, kek_version, (wrapped,))
+        theirs = bytes((await self.keys.unwrap([run]))[0][0])
+        if not same(theirs, bytes(await self.volume_key())):
+            raise Damaged("wrap", "the volume file has another volume key")
+        self.config = replace(self.config, volume_key_kek=kek_version, volume_key_wrapped=wrapped)
 
     def sign_header(self, volume_key: memoryview, header: DataHeader) -> bytes:
         """A data file's first 64 bytes."""

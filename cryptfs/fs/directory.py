@@ -25,6 +25,7 @@ from cryptfs.fs.freshness import check
 from cryptfs.fs.locks import SharedLock
 from cryptfs.fs.log_gap import acknowledged_in_tail
 from cryptfs.fs.resync import log_again
+from cryptfs.fs.rewrapping import Rewrapping
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
 from cryptfs.names import DIR_LOG, tree_name
 from cryptfs.ports import KeyRun, Kit
@@ -98,11 +99,15 @@ class DirNode:
     async def keys(self) -> DirKeys:
         """Log key and names, from the cache or the agent; good until the next await."""
         peek = self.ctx.keys.peek
-        log_key, names_key = peek(self.header.log_wrapped), peek(self.header.names_wrapped)
-        if log_key is None or names_key is None:
-            (log_key,), (names_key,) = await self.ctx.keys.unwrap(self.key_runs())
-        # A cipher object per use costs less than 2 µs; kept, it would keep the key past its time.
-        return DirKeys(log_key, NameCipher(names_key, self.dir_id))
+        while True:
+            header = self.header
+            log_key, names_key = peek(header.log_wrapped), peek(header.names_wrapped)
+            if log_key is None or names_key is None:
+                (log_key,), (names_key,) = await self.ctx.keys.unwrap(key_runs(header))
+            # A rotation gives the log another key; whoever waited must not append with the one before.
+            if header is self.header:
+                # A cipher object per use costs less than 2 µs; kept, it would keep the key past its time.
+                return DirKeys(log_key, NameCipher(names_key, self.dir_id))
 
     def names_nowait(self) -> NameCipher | None:
         """The name cipher if its key is in the cache."""
@@ -301,25 +306,70 @@ class DirNode:
     async def _rewrite(self) -> None:
         async with self._syncing:
             await self.flush()
-            generation = self.ctx.next_generation()
-            payload = DirPayload(tuple(self.entries.values()), xattrs=self.xattrs)
-            frame = Frame(generation, self.durable_gen, len(self.entries), payload.encode(), flags=payload.flags)
-            key = bytearray((await self.keys()).log_key)
-            before = self.ctx.store.fstat(self.fd)
-            try:
-                self._log = await self.ctx.in_thread(
-                    self.log.rewrite, self.ctx.store, self.fd, DIR_LOG, key, self.header, frame
-                )
-            finally:
-                key[:] = bytes(len(key))
-            self.last_gen = generation
-            self.settled()
-            # The log's new name is not a change of the directory the user sees.
-            self.ctx.store.futimens(self.fd, before.st_atime_ns, before.st_mtime_ns)
-            before_sync, self._distrusted = self._distrusted, True
-            with self.ctx.freshness.doubted_on_failure(self.dir_id):
-                await self.ctx.in_thread(self.ctx.store.fsync, self.fd)
-            self._distrusted = before_sync
+            frame = self._snapshot(self.ctx.next_generation(), self.xattrs)
+            await self._replace(bytearray((await self.keys()).log_key), self.header, frame)
+            await self._replaced()
+
+    def _snapshot(self, generation: int, xattrs: Sealed | None) -> Frame:
+        payload = DirPayload(tuple(self.entries.values()), xattrs=xattrs)
+        return Frame(generation, self.durable_gen, len(self.entries), payload.encode(), flags=payload.flags)
+
+    async def _replace(self, key: bytearray, header: LogHeader, *frames: Frame) -> None:
+        """Put a log of these frames in this one's place. `key` is wiped. Raises OSError; then nothing has changed."""
+        before = self.ctx.store.fstat(self.fd)
+        try:
+            self._log = await self.ctx.in_thread(
+                self.log.rewrite, self.ctx.store, self.fd, DIR_LOG, key, header, *frames
+            )
+        finally:
+            key[:] = bytes(len(key))
+        self.header = header
+        self.last_gen = frames[-1].generation
+        self.settled()
+        # The log's new name is not a change of the directory the user sees.
+        self.ctx.store.futimens(self.fd, before.st_atime_ns, before.st_mtime_ns)
+
+    async def _replaced(self) -> None:
+        """After `_replace`: make it durable that the new log has the name. Raises OSError."""
+        before_sync, self._distrusted = self._distrusted, True
+        with self.ctx.freshness.doubted_on_failure(self.dir_id):
+            await self.ctx.in_thread(self.ctx.store.fsync, self.fd)
+        self._distrusted = before_sync
+
+    # rotation --------------------------------------------------------------------------------------------------
+
+    def is_under(self, kek_version: int) -> bool:
+        """Whether everything that using this directory takes is wrapped under this KEK or a newer one."""
+        return self.header.kek_version >= kek_version and (
+            self.xattrs is None or self.xattrs.kek_version >= kek_version
+        )
+
+    async def rotate(self, kek_version: int, prepare: Callable[[DirNode], Awaitable[None]]) -> None:
+        """Rewrite the log under the newest KEK, at least `kek_version`, with a new MAC key; nothing to do if it is.
+
+        `prepare` as for `compact`. Raises OSError, key errors; then the log is as it was, or, if only the last sync
+        failed, the new one.
+        """
+        self.pins += 1
+        try:
+            async with self.lock.exclusive():
+                if not self.removed and not self.is_under(kek_version):
+                    await prepare(self)
+                    async with self._syncing:
+                        await self._rotate(Rewrapping(self.ctx.keys, self.dir_id, kek_version))
+        finally:
+            self.pins -= 1
+
+    async def _rotate(self, anew: Rewrapping) -> None:
+        await self.flush()
+        xattrs = await anew.sealed(self.xattrs)
+        header, key = await anew.names_and_log_key(self.header)
+        # See `Journal._rotate`: the snapshot is what the last frame said, under its number.
+        snapshot = self._snapshot(self.last_gen, xattrs)
+        word = Frame(self.ctx.next_generation(), self.durable_gen, len(self.entries), DirPayload().encode())
+        await self._replace(key, header, snapshot, word)
+        self.xattrs = xattrs
+        await self._replaced()
 
     def close_log(self) -> None:
         """Close the log's descriptor."""

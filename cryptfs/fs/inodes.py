@@ -253,6 +253,11 @@ class InodeTable:
         self._dirs[inode.ino] = node
         self._trim(node)
 
+    async def quiet(self) -> None:
+        """Wait until the directories that are being opened now are open."""
+        for opening in list(self._opening.values()):
+            await opening.wait()
+
     def all(self) -> list[Inode]:
         """Every inode the kernel knows or something here needs."""
         return list(self._inodes.values())

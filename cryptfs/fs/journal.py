@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from cryptfs.fs.history import POISON, XATTRS_LOST, build_map, xattrs_after
 from cryptfs.fs.log_gap import take_up
 from cryptfs.fs.recovery import recover, restart_newborn
 from cryptfs.fs.resync import write_again
+from cryptfs.fs.rewrapping import Rewrapping
 from cryptfs.fs.sealed_log import Frame, Replay, SealedLog, authenticate, parse, read_log
 from cryptfs.fs.state import FileState
 from cryptfs.ports import KeyRun
@@ -126,11 +127,15 @@ class Journal:
 
     async def log_key(self) -> memoryview:
         """The log's MAC key; good until the next await."""
-        key = self.ctx.keys.peek(self.log_wrapped)
-        if key is not None:
-            return key
-        run = KeyRun(self.state.file_id, Purpose.LOG_FILE, self.kek_version, (self.log_wrapped,))
-        return (await self.ctx.keys.unwrap([run]))[0][0]
+        while True:
+            wrapped = self.log_wrapped
+            key = self.ctx.keys.peek(wrapped)
+            if key is None:
+                run = KeyRun(self.state.file_id, Purpose.LOG_FILE, self.kek_version, (wrapped,))
+                key = (await self.ctx.keys.unwrap([run]))[0][0]
+            # A rotation gives the log another key; whoever waited must not append with the one before.
+            if wrapped is self.log_wrapped:
+                return key
 
     async def commit(self) -> None:
         """Append a frame for whatever no frame says yet. Not durable. The caller holds the file's lock alone."""
@@ -196,12 +201,7 @@ class Journal:
             lock = self.state.lock
             await lock.acquire_exclusive()
             try:
-                if self.sync_failed:
-                    doubts = self.ctx.doubts
-                    await write_again(self)
-                    self._distrusted, self._doubts = False, doubts
-                if self.needs_frame:
-                    self._append(await self.log_key())
+                await self._all_said()
             except BaseException:
                 lock.release_exclusive()
                 raise
@@ -213,6 +213,15 @@ class Journal:
                 self._settled()
             finally:
                 lock.release_shared()
+
+    async def _all_said(self) -> None:
+        """What a failed sync was about is written again, and a frame names whatever is new. The lock is held alone."""
+        if self.sync_failed:
+            doubts = self.ctx.doubts
+            await write_again(self)
+            self._distrusted, self._doubts = False, doubts
+        if self.needs_frame:
+            self._append(await self.log_key())
 
     async def _sync(self, *, data_only: bool) -> None:
         state, store = self.state, self.ctx.store
@@ -310,31 +319,106 @@ class Journal:
                 state.lock.release_exclusive()
 
     async def _rewrite(self) -> None:
+        assert self.log is not None
+        payload = SidecarPayload(tuple(e.run() for e in self.state.blocks), xattrs=self.xattrs)
+        frame = self._snapshot(self.ctx.next_generation(), payload)
+        # The key is copied for the thread, which may outlive its time in the cache by one disk write.
+        await self._replace(bytearray(await self.log_key()), self.log.header, frame)
+        await self._replaced()
+
+    def _snapshot(self, generation: int, payload: SidecarPayload) -> Frame:
+        return Frame(
+            generation, self.durable_gen, self.state.size, payload.encode(), payload.extent(), payload.flags
+        )  # fmt: skip
+
+    async def _replace(self, key: bytearray, header: LogHeader, *frames: Frame) -> None:
+        """Put a log of these frames in this one's place. `key` is wiped. Raises OSError; then nothing has changed."""
         state, ctx = self.state, self.ctx
         assert self.log is not None
-        payload = SidecarPayload(tuple(e.run() for e in state.blocks), xattrs=self.xattrs)
-        generation = ctx.next_generation()
-        frame = Frame(
-            generation, self.durable_gen, state.size, payload.encode(), payload.extent(), payload.flags
-        )  # fmt: skip
         where = ctx.sidecar_dir(state.file_id)
-        # The key is copied for the thread, which may outlive its time in the cache by one disk write.
-        key = bytearray(await self.log_key())
         ctx.sidecar_writes += 1
         try:
             self.log = await ctx.in_thread(
-                self.log.rewrite, ctx.store, where, sidecar_name(state.file_id), key, self.log.header, frame
+                self.log.rewrite, ctx.store, where, sidecar_name(state.file_id), key, header, *frames
             )
         finally:
             key[:] = bytes(len(key))
         # From here on the log is the new one, whatever becomes of the sync.
-        self._last_gen = generation
+        self._last_gen = frames[-1].generation
         self._sidecar_new = True
+
+    async def _replaced(self) -> None:
+        """After `_replace`: make it durable that the new log has the name. Raises OSError."""
+        state, ctx = self.state, self.ctx
+        where, generation = ctx.sidecar_dir(state.file_id), self._last_gen
         with ctx.freshness.doubted_on_failure(state.file_id):
             await ctx.in_thread(ctx.store.fsync, where)
         self._sidecar_new = False
         self.durable_gen = generation
         ctx.freshness.durable(state.file_id, generation)
+
+    # rotation --------------------------------------------------------------------------------------------------
+
+    def is_under(self, kek_version: int) -> bool:
+        """Whether everything that reading this file takes is wrapped under this KEK or a newer one."""
+        attrs = self.xattrs is None or self.xattrs is XATTRS_LOST or self.xattrs.kek_version >= kek_version
+        blocks = all(e.home == POISON or e.kek_version >= kek_version for e in self.state.blocks)
+        return self.kek_version >= kek_version and attrs and blocks
+
+    async def rotate(self, kek_version: int, pause: Callable[[], Awaitable[None]]) -> None:
+        """Rewrite the log under the newest KEK, at least `kek_version`, with a new MAC key; nothing to do if it is.
+
+        `pause` is awaited between requests to the agent, without a lock. Raises as `fsync` does; `Damaged` for a file
+        of which something is lost: a snapshot would make it forgotten, so such a log stays as it is.
+        """
+        if not self.loaded:
+            await self.load()
+        state = self.state
+        anew = Rewrapping(self.ctx.keys, state.file_id, kek_version)
+        # Most of it before the file is held up; what is written meanwhile is under the newest KEK already.
+        for portion in anew.portions(list(state.blocks), self.ctx.config.block_size):
+            await anew.blocks(portion)
+            await pause()
+        async with self._syncing:
+            await state.lock.acquire_exclusive()
+            try:
+                if not self.is_under(kek_version):
+                    await self._rotate(anew)
+            finally:
+                state.lock.release_exclusive()
+
+    async def _rotate(self, anew: Rewrapping) -> None:
+        state, ctx = self.state, self.ctx
+        if self.xattrs is XATTRS_LOST or any(e.home == POISON for e in state.blocks):
+            raise Damaged("frame", "a part of the file is lost with a damaged frame")
+        await self._all_said()
+        # Mounting made durable what earlier epochs left: of a file that is as they left it nothing has to be synced.
+        assert ctx.state is not None
+        if epoch_of(self._last_gen) == ctx.state.epoch or len(state.displaced) or state.cut_pending:
+            state.restore_mtime()
+            await self._sync(data_only=True)
+            self._settled()
+        while portion := next(anew.portions(state.blocks, ctx.config.block_size), None):
+            await anew.blocks(portion)
+        xattrs = await anew.sealed(self.xattrs)
+        made = await anew.log_key(Purpose.LOG_FILE)
+        # No await between here and the copy: the key could be wiped meanwhile.
+        key = bytearray(made.keys[0])
+        blocks = [anew.extent(e) for e in state.blocks]
+        payload = SidecarPayload(tuple(e.run() for e in blocks), xattrs=xattrs)
+        # The snapshot says what the frame before said, under its number: when things were made is told by that. The
+        # one after it makes every older log older than what was seen.
+        snapshot = self._snapshot(self._last_gen, payload)
+        word = Frame(ctx.next_generation(), self.durable_gen, state.size, SidecarPayload().encode())
+        header = LogHeader(KIND_FILE, made.kek_version, state.file_id, made.wrapped[0])
+        await self._replace(key, header, snapshot, word)
+        # In one stretch with it: what is in memory must lead to the keys as the log does.
+        self.log_wrapped, self.kek_version = header.log_wrapped, header.kek_version
+        for old, new in zip(state.blocks, blocks, strict=True):
+            old.take_wraps(new)
+        self.xattrs = self._framed_xattrs = xattrs
+        self._owes_word = False
+        await self._replaced()
 
     # opening ---------------------------------------------------------------------------------------------------
 

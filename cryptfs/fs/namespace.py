@@ -54,6 +54,8 @@ class Namespace:
         self.inodes = inodes
         self.files = files
         self.reaper = reaper
+        self.on_arrival: Callable[[Inode, bytes], None] | None = None
+        """Called when something that was made before gets a name: (directory, id)."""
         self._own = Owner(os.geteuid(), os.getegid())
 
     # looking ---------------------------------------------------------------------------------------------------
@@ -71,6 +73,10 @@ class Namespace:
             return await self._look(parent, node, entry)
         finally:
             node.pins -= 1
+
+    async def behind(self, parent: Inode, node: DirNode, entry: Entry) -> Attr:
+        """What an entry of a directory stands for, the directory being pinned. Raises as `lookup`."""
+        return await self._look(parent, node, entry)
 
     async def _look(self, parent: Inode, node: DirNode, entry: Entry, *, locked: bool = False) -> Attr:
         """The entry's attributes, the directory being pinned. `locked`: the caller holds its lock."""
@@ -373,6 +379,7 @@ class Namespace:
                     self.ctx.store.link(source_now.fd, below_now, node.fd, below)
                     linked = True
                     inode.add_path(parent, below)
+                    self._arrived(parent, inode.log_id)
                     return await self.files.attr(inode)
                 except BaseException:
                     if linked:
@@ -508,6 +515,10 @@ class Namespace:
             store.rename(source.fd, src_below, target.fd, dst_below, tree_flags)
         except BaseException:
             await self._unlog_rename(source, target, src, moved, dst)
+            # Whoever looked meanwhile found them in neither place.
+            self._arrived(old, src.log_id)
+            if back is not None:
+                self._arrived(new, back.log_id)
             raise
         if replaced is not None and dst is not None and dst_st is not None:
             try:
@@ -560,6 +571,11 @@ class Namespace:
             inode.add_path(new, dst)
             inode.drop_path(old, src)
         self.files.moved(inode, log_id)
+        self._arrived(new, log_id)
+
+    def _arrived(self, parent: Inode, log_id: bytes) -> None:
+        if self.on_arrival is not None:
+            self.on_arrival(parent, log_id)
 
     # pieces ----------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,13 @@ class Reaper:
         self._ids: list[bytes] = []
         self._dirs: list[bytes] = []
         self._many = trio.Event()
+        self.burying = trio.Lock()
+        """Held while sidecars are deleted. Who holds it may rewrite one that nobody has open."""
+
+    @property
+    def dead(self) -> frozenset[bytes]:
+        """Ids whose sidecars wait to be deleted."""
+        return frozenset(self._ids)
 
     def add_id(self, log_id: bytes) -> None:
         """The last name of this file or symlink is gone, and nobody has it open."""
@@ -60,9 +67,10 @@ class Reaper:
         await self._bury(ids, dirs)
 
     async def _bury(self, ids: list[bytes], dirs: list[bytes]) -> None:
-        # A removed directory lies in `tmp/` under its id.
-        self.ctx.freshness.gone([*ids, *(bytes.fromhex(name.decode()) for name in dirs)])
-        await self.ctx.in_thread(self._delete, ids, dirs)
+        async with self.burying:
+            # A removed directory lies in `tmp/` under its id.
+            self.ctx.freshness.gone([*ids, *(bytes.fromhex(name.decode()) for name in dirs)])
+            await self.ctx.in_thread(self._delete, ids, dirs)
 
     def _delete(self, ids: list[bytes], dirs: list[bytes]) -> None:
         store = self.ctx.store

@@ -203,9 +203,10 @@ class SealedLog:
             self.unsynced = True
 
     def rewrite(
-        self, store: Store, dir_fd: int, name: bytes, mac_key: Buffer, header: LogHeader, frame: Frame
-    ) -> SealedLog:
-        """A new log of one snapshot beside this one, synced, renamed over it.
+        self, store: Store, dir_fd: int, name: bytes, mac_key: Buffer, header: LogHeader, frame: Frame,
+        *following: Frame,
+    ) -> SealedLog:  # fmt: skip
+        """A new log of one snapshot (and the frames `following` it) beside this one, synced, renamed over it.
 
         Blocks; returns it, this one is closed. That the new one has the name is not durable yet: until the caller has
         synced the directory nothing may count as durable that only the new one says. Raises OSError; then this one is
@@ -216,6 +217,8 @@ class SealedLog:
             store.unlink(dir_fd, fresh)
         new = SealedLog.create(store, dir_fd, fresh, header, mac_key, frame)
         try:
+            for each in following:
+                new.append(store, mac_key, each)
             store.fdatasync(new.fd)
             store.rename(dir_fd, fresh, dir_fd, name)
         except BaseException:

@@ -23,7 +23,7 @@ from cryptfs.errors import Damaged
 from cryptfs.format.sidecar import Sealed
 from cryptfs.format.xattrs import NAME_MAX_BYTES, SET_MAX_BYTES, VALUE_MAX_BYTES, decode_xattrs, encode_xattrs
 from cryptfs.fs import acl
-from cryptfs.fs.attr_log import find_attr_log, write_xattrs
+from cryptfs.fs.attr_log import find_attr_log, is_under, rotate_attr_log, write_xattrs
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.directory import pinned
 from cryptfs.fs.files import Changes, Files
@@ -285,6 +285,24 @@ class Xattrs:
             await write_xattrs(self.ctx, inode.log_id, known, xattrs)
             inode.know_xattrs(xattrs)
             await self.files.touch(inode)
+
+    async def rotate(self, inode: Inode, kek_version: int) -> None:
+        """Have a symlink's or special file's sidecar, if there is one, be under this KEK or a newer one, durably.
+
+        Raises `Damaged`, OSError, key errors.
+        """
+        async with self._changing:
+            known = await find_attr_log(self.ctx, inode.log_id)
+            if known is None and inode.kind == Kind.SYMLINK:
+                raise Damaged("missing-sidecar")
+            if known is not None and not is_under(known, kek_version):
+                inode.xattrs_known = False
+                inode.know_xattrs(await rotate_attr_log(self.ctx, inode.log_id, known, kek_version))
+
+    async def quiet(self) -> None:
+        """Wait until whatever changes now has changed."""
+        async with self._changing:
+            pass
 
 
 def _check_name(name: bytes) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import trio.abc
 import trio.lowlevel
 
-from cryptfs.ports import FreshKeys, KeyRun, Kit
+from cryptfs.ports import FreshKeys, KeyRun, Kit, Rewrapped
 from cryptfs.testing.keys import FakeDekProvider
 from cryptfs.types import Purpose
 
@@ -40,6 +40,13 @@ class FleetingKeys:
     async def generate(self, log_id: bytes, purpose: Purpose, count: int) -> FreshKeys:
         self._keys.wipe()
         return await self._keys.generate(log_id, purpose, count)
+
+    async def rewrap(self, runs: Sequence[KeyRun]) -> Rewrapped:
+        self._keys.wipe()
+        return await self._keys.rewrap(runs)
+
+    def renew(self, kek_version: int) -> None:
+        self._keys.renew(kek_version)
 
     def take_kit(self) -> Kit | None:
         return self._keys.take_kit()

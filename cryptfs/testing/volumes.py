@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from cryptfs.crypto.wrap import ZERO_ID, volume_mac
@@ -40,6 +41,7 @@ class SampleVolume:
         """What the machine has seen of the volume. None: each opening is on a machine that never saw it."""
         self.volume_file = self._volume_file(block_size)
         self.config = config_of(self.volume_file)
+        self._first = self.config, self.kek.kek
 
     def keys(self) -> DekProvider:
         """Keys as a daemon that starts now has them: none in clear."""
@@ -57,6 +59,24 @@ class SampleVolume:
         if keys is None:  # an empty cache is false
             keys = self.keys()
         return await open_volume(self.config, store, keys, self.clock, self.random, read_only=read_only)
+
+    def rotate(self) -> int:
+        """A new KEK version for everything new, and the volume key under it: what precedes the rewriting of logs."""
+        self.kek.rotate()
+        self.rewrap_volume_key()
+        return self.kek.version
+
+    def restart(self) -> None:
+        """Only the KEK it was made with, again."""
+        self.config, kek = self._first
+        self.kek.keks, self.kek.version, self.kek.least = {1: kek}, 1, 1
+
+    def rewrap_volume_key(self) -> None:
+        """Have the volume key under the newest KEK."""
+        before = self.config
+        wrapped = self.kek.rewrap(ZERO_ID, Purpose.VOLUME, before.volume_key_kek, before.volume_key_wrapped)
+        assert wrapped is not None
+        self.config = replace(before, volume_key_kek=self.kek.version, volume_key_wrapped=wrapped)
 
     def _volume_file(self, block_size: int) -> bytes:
         _, volume_key = self.kek.fresh(ZERO_ID, Purpose.VOLUME, 1)

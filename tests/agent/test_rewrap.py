@@ -14,6 +14,7 @@ from cryptfs.errors import AgentUnavailable, Damaged, ProtocolError, VolumeLocke
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import open_agent
 from cryptfs.keys.cache import KeyCache
+from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.keys.stretches import KEYS_AT_ONCE
 from cryptfs.keys.volume_requests import VolumeRequests
@@ -68,7 +69,7 @@ def test_what_is_not_authentic_is_not_wrapped(keyring: Keyring) -> None:
 
 async def made(client_path: str) -> bytes:
     async with open_agent(client_path) as client:
-        data = await client.create(block_size=4096, kind="fake", kdf_cost="low", label="", secret=b"secret")
+        data = await client.create(VolumeWish(4096, ProtectorWish("fake", "", b"secret", {"cost": "low"})))
 
     return parse_volume(data).volume_id
 

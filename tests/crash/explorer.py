@@ -44,7 +44,7 @@ the middle of `UNSYNCED`."""
 AGAIN = parse_ops(
     "overwrite a; append a; cut a; create a; unlink a; rename b a; fsync a; fsync b; rename a d/c; rename d/c a;"
     "create n; mkdir m; rename a m/a; rename n a; fsync n; fsyncdir /; fsyncdir d; rmdir e; compact a; compact /;"
-    "settle; reap; remount; link a l; unlink d/c; create d/c; fsync d/c; rename m d/m; symlink t; unlink t"
+    "settle; reap; rotate; remount; link a l; unlink d/c; create d/c; fsync d/c; rename m d/m; symlink t; unlink t"
 )
 """What a survivor is used for, of which what is possible is done."""
 
@@ -207,6 +207,7 @@ class Scene:
         """The volume, open, on a copy of the disk."""
         world = self.world.copy()
         world.ids = dict(world.ids)
+        self.sample.restart()
         tree = await opened(self.sample, self.disk.clone(), 3)
         if self.start == "new":
             run = Run(tree, world)
@@ -229,8 +230,8 @@ class Explorer:
         self.states = 0
         self.workloads = 0
         self._complaints = Complaints()
-        self._seen: dict[tuple[int, int], Look] = {}
-        """What was found on disks of the workload, by fingerprint and by whose ids are known."""
+        self._seen: dict[tuple[int, int, int], Look] = {}
+        """What was found on disks of the workload, by fingerprint, by whose ids are known, and with which KEKs."""
 
     async def explore(self, ops: tuple[Op, ...], *, per_moment: int, again: int = 0) -> bool:
         """False if `ops` cannot be done. Raises `Wrong`."""
@@ -286,7 +287,7 @@ class Explorer:
         lost = case.steps[-1].lost
         disk = moment.disk.clone() if lost is None else after_power_cut(moment.disk, _kept(moment.disk, lost))
         try:
-            key = (fingerprint(disk), id(moment.world.ids))
+            key = _key(disk, moment.world)
             if again == 0 and key in self._seen:
                 self._judge(case, moment.world, self._seen[key])
                 return
@@ -313,9 +314,10 @@ class Explorer:
         recorder = Recorder(disk, world) if rng is not None or ops is not None else None
         self._complaints.lines.clear()
         tree: Tree | None = None
-        key = (fingerprint(disk), id(world.ids))
+        key = _key(disk, world)
         try:
-            tree = await opened(self.scene.sample, disk, 10 + len(case.steps), recorder)
+            seed = 10 + len(case.steps)
+            tree = await opened(self.scene.sample, disk, seed, recorder, least_kek=world.least_kek)
             look = await look_at(tree, world)
             self._judge(case, world, look)
             self._seen[key] = look
@@ -403,6 +405,10 @@ class Explorer:
                     continue
                 return await self._fewer_operations(still)
         return wrong
+
+
+def _key(disk: Disk, world: World) -> tuple[int, int, int]:
+    return fingerprint(disk), id(world.ids), world.least_kek
 
 
 def _with(case: Case, step: Step) -> Case:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 from unittest import mock
 
-from cryptfs.fs import directory, journal, volume
+from cryptfs.fs import directory, journal, rotation, volume
 from cryptfs.fs.context import FsContext
 from cryptfs.store.disk_model import Disk, Order
 from cryptfs.store.memory import MemoryStore
@@ -59,6 +59,8 @@ def repeatable() -> Iterator[None]:
             (FsContext, "dir_fd", _fewer_dirs),
             (directory, "_COMPACT_MIN_BYTES", -(1 << 30)),
             (journal, "_COMPACT_MIN_BYTES", -(1 << 30)),
+            (rotation, "SIDECAR_DIRS", SIDECAR_DIRS),
+            (rotation, "_DIRS_AT_ONCE", SIDECAR_DIRS),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
         patches.enter_context(
@@ -107,9 +109,17 @@ async def new_volume(order: Order) -> tuple[SampleVolume, MemoryStore]:
     return sample, store
 
 
-async def opened(sample: SampleVolume, disk: Disk, seed: int, hook: Callable[[str], None] | None = None) -> Tree:
-    """A volume on `disk`, with randomness of its own; `hook` sees every store call, also those of opening it."""
+async def opened(
+    sample: SampleVolume, disk: Disk, seed: int, hook: Callable[[str], None] | None = None, *, least_kek: int = 1
+) -> Tree:
+    """A volume on `disk`, with randomness of its own; `hook` sees every store call, also those of opening it.
+
+    `least_kek`: KEKs of older versions are destroyed.
+    """
     sample.random = sample.kek.random = SeededRandom(seed)
+    sample.kek.least = 1
+    sample.rewrap_volume_key()
+    sample.kek.least = least_kek
     store = MemoryStore(disk)
     store.before_call = hook
     try:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("machine")
 PER_MOMENT = 32
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.wrong.__name__)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.wrong.__name__}: {variant.workload}")
 async def test_is_caught(variant: Variant) -> None:
     explorer = Explorer(await Scene.make(Order.DIRECTORY, variant.start))
     ops = parse_ops(variant.workload)

@@ -21,6 +21,8 @@ from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.journal import Journal
 from cryptfs.fs.namespace import Namespace
 from cryptfs.fs.reaper import Reaper
+from cryptfs.fs.rewrapping import Rewrapping
+from cryptfs.fs.rotation import Rotation
 from cryptfs.fs.sealed_log import SealedLog
 from cryptfs.ports import Store
 from cryptfs.store.memory import MemoryStore
@@ -214,6 +216,37 @@ def compact_dirty() -> Iterator[None]:
 
 
 @contextmanager
+def rotate_dirty() -> Iterator[None]:
+    """The same when a log is rewritten under another KEK."""
+    rotate = Journal._rotate
+
+    async def unsynced(self: Journal, anew: Rewrapping) -> None:
+        with mock.patch.object(self, "_sync", _nothing):
+            await rotate(self, anew)
+
+    with patched((Journal, "_rotate", unsynced)):
+        yield
+
+
+@contextmanager
+def rotated_too_early() -> Iterator[None]:
+    """An old KEK is destroyed while the rewritten logs may still be lost."""
+    fsync = MemoryStore.fsync
+
+    async def pretend(self: Rotation) -> None:
+        with mock.patch.object(MemoryStore, "syncfs"), mock.patch.object(MemoryStore, "fsync", but_directories):
+            await run(self)
+
+    def but_directories(self: MemoryStore, fd: int, /) -> None:
+        if not self._file(fd).inode.is_dir:
+            fsync(self, fd)
+
+    run = Rotation.run
+    with patched((Rotation, "run", pretend)):
+        yield
+
+
+@contextmanager
 def unforgiving() -> Iterator[None]:
     """A reader that knows no crash: whatever a power cut left undone is damage."""
     with patched((FsContext, "forgives", mock.Mock(return_value=False))):
@@ -245,5 +278,8 @@ VARIANTS = (
     Variant(no_place_sync, "mkdir m; mkdir m/k; rename a m/k/x"),
     Variant(compact_unsynced, "compact /"),
     Variant(compact_dirty, "hold; overwrite a; compact a"),
+    Variant(compact_unsynced, "rotate"),
+    Variant(rotate_dirty, "hold; overwrite a; rotate"),
+    Variant(rotated_too_early, "rotate"),
     Variant(unforgiving, "overwrite a"),
 )

@@ -18,6 +18,7 @@ import trio.testing
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.namespace import RENAME_EXCHANGE
+from cryptfs.fs.rotation import Rotation
 from cryptfs.types import Kind
 from tests.crash.machine import BLOCK
 from tests.crash.world import ROOT, UNKNOWN, Look, Place, Seen, World
@@ -46,7 +47,13 @@ class Op:
 
     def __str__(self) -> str:
         words = [path.decode().replace(LONG.decode(), "L") or "/" for path in (self.first, self.second)]
-        takes = 0 if self.verb in {"settle", "reap", "remount", "kill", "hold"} else 2 if self.verb in TWO_PATHS else 1
+        takes = (
+            0
+            if self.verb in {"settle", "reap", "rotate", "remount", "kill", "hold"}
+            else 2
+            if self.verb in TWO_PATHS
+            else 1
+        )
         return " ".join([self.verb, *words[:takes]])
 
 
@@ -76,7 +83,7 @@ class Run:
         first, place = world.number(op.first), world.place(op.first)
         kind = world.things[first].kind if first is not None else None
         match op.verb:
-            case "settle" | "reap" | "remount" | "hold":
+            case "settle" | "reap" | "rotate" | "remount" | "hold":
                 return True
             case "create" | "touch" | "mkdir" | "symlink":
                 return first is None and place is not None
@@ -122,8 +129,8 @@ class Run:
             "create": self._create, "touch": self._create, "mkdir": self._mkdir, "symlink": self._symlink,
             "fsync": self._fsync, "fdatasync": self._fsync, "fsyncdir": self._fsyncdir, "compact": self._compact,
             "unlink": self._unlink, "rmdir": self._unlink, "link": self._link, "rename": self._rename,
-            "exchange": self._rename, "settle": self._settle, "reap": self._reap, "remount": self._remount,
-            "hold": self._hold,
+            "exchange": self._rename, "settle": self._settle, "reap": self._reap, "rotate": self._rotate,
+            "remount": self._remount, "hold": self._hold,
         }  # fmt: skip
         await calls.get(op.verb, self._change)(op)
 
@@ -271,6 +278,15 @@ class Run:
             nursery.start_soon(reaper.serve)
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
+
+    async def _rotate(self, op: Op) -> None:
+        """To a new KEK. What a crash leaves may need the old one, and is looked at with both."""
+        sample = self.tree.sample
+        rotation = Rotation(self.tree.volume, sample.kek.rotate())
+        await rotation.run()
+        assert not rotation.left
+        assert not rotation.failures
+        self.world.rotated(rotation.kek_version)
 
     async def _remount(self, op: Op) -> None:
         await self.finish()

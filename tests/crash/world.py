@@ -72,13 +72,17 @@ class World:
     """Whose ids are known; shared by all copies."""
     acks: int = 0
     """How many acknowledgements there were."""
+    least_kek: int = 1
+    """A rotation said that nothing needs an older one."""
 
     def __post_init__(self) -> None:
         self.things.setdefault(ROOT, Thing(Kind.DIR, "/", [], 0))
 
     def copy(self) -> World:
         things = {number: thing.copy() for number, thing in self.things.items()}
-        return World(things, list(self.spaces), dict(self.acked_places), dict(self.kept), self.ids, self.acks)
+        return World(
+            things, list(self.spaces), dict(self.acked_places), dict(self.kept), self.ids, self.acks, self.least_kek
+        )
 
     @property
     def now(self) -> Space:
@@ -167,6 +171,11 @@ class World:
         self.spaces = [self.now]
         self.acked_places = {}
         self.kept = dict.fromkeys(set(self.now.values()), 0)
+
+    def rotated(self, version: int) -> None:
+        """All of it was rewritten durably: what a crash leaves from now on is read without older KEKs."""
+        self.acks += 1
+        self.least_kek = version
 
     # what may be found -----------------------------------------------------------------------------------------
 
@@ -279,7 +288,7 @@ class World:
 
 def of_found(look: Look, before: World) -> World:
     """The world as a survivor shows it: mounting made all of it durable."""
-    world = World()
+    world = World(least_kek=before.least_kek)
     numbers = {ROOT: ROOT}
     space: dict[Place, int] = {}
     for place, seen in look.items():
