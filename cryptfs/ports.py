@@ -269,6 +269,16 @@ class RootProvider(Protocol):
         """Whether the root key's holder is reached by sockets other than Unix ones: if not, the agent has none."""
         ...
 
+    @property
+    def counts_wrong_secrets(self) -> bool:
+        """Whether the root key's holder counts wrong secrets and may lock itself: then one is tried by name only."""
+        ...
+
+    @property
+    def revocable(self) -> bool:
+        """Whether the root key can be taken back while a volume is unlocked: then it stays open and is asked again."""
+        ...
+
     def new_params(self, wish: Mapping[str, int | str | bytes]) -> dict[str, int | str | bytes]:
         """Parameters for a new protector, as its owner wishes it.
 

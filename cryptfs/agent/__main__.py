@@ -18,6 +18,7 @@ import time
 
 import trio
 
+from cryptfs.agent.config import AgentConfig, read_config
 from cryptfs.agent.hardening import measures
 from cryptfs.agent.peer_names import PeerNames
 from cryptfs.agent.places import covering_mount
@@ -25,9 +26,14 @@ from cryptfs.agent.sandbox import confine
 from cryptfs.agent.server import Around, Server
 from cryptfs.agent.unlocking import Providers
 from cryptfs.errors import CryptfsError, UsageError
-from cryptfs.paths import private_dir, state_path
+from cryptfs.format.protectors import PKCS11
+from cryptfs.paths import config_path, private_dir, state_path
+from cryptfs.ports import RootProvider
 from cryptfs.private_log import PrivateLog
+from cryptfs.roots.absent import AbsentProvider
+from cryptfs.roots.keyfile import KeyfileProvider
 from cryptfs.roots.passphrase import PassphraseProvider
+from cryptfs.roots.recovery import RecoveryProvider
 
 log = logging.getLogger("cryptfs.agent")
 
@@ -54,16 +60,17 @@ def main(argv: list[str] | None = None) -> int:
             with contextlib.suppress(PermissionError):  # already the leader of a session
                 os.setsid()
             os.chdir("/")
+        config = read_config(config_path())
         peers = PeerNames()
-        passphrase = PassphraseProvider(os.urandom)
-        providers: Providers = {passphrase.kind: passphrase}
+        providers = _providers(config)
         server = Server(
             providers=providers,
             state_dir=state_path(),
             random=os.urandom,
             clock=SystemClock(),
             around=Around(
-                peers.exe_of, _confined(options, network=any(each.needs_network for each in providers.values()))
+                peers.exe_of,
+                _confined(options, config, network=any(each.needs_network for each in providers.values())),
             ),
             exit_when_empty=options.exit_when_empty,
         )
@@ -87,7 +94,32 @@ def _fail(error: CryptfsError, ready_fd: int | None) -> int:
     return error.exit_code
 
 
-def _confined(options: argparse.Namespace, *, network: bool) -> dict[str, str]:
+def _providers(config: AgentConfig) -> Providers:
+    """All kinds there are, by name."""
+    made: list[RootProvider] = [
+        PassphraseProvider(os.urandom),
+        KeyfileProvider(os.urandom),
+        RecoveryProvider(os.urandom),
+    ]
+    made.append(_pkcs11(config))
+    return {provider.kind: provider for provider in made}
+
+
+def _pkcs11(config: AgentConfig) -> RootProvider:
+    """Tokens, if this machine has any: their modules are loaded when first needed, by the confined process."""
+    if not config.pkcs11.modules:
+        return AbsentProvider(PKCS11, f"{config_path()}/agent.toml names no PKCS#11 module")
+    try:
+        from cryptfs.roots.pkcs11 import Pkcs11Provider  # noqa: PLC0415 - an extra, and only where it is configured
+    except ImportError:
+        log.warning("agent.toml names PKCS#11 modules, but python-pkcs11 is not installed")
+        return AbsentProvider(PKCS11, "python-pkcs11 is not installed (the extra `pkcs11` of cryptfs)")
+    # What the modules read from it (SOFTHSM2_CONF …): the agent is started without the user's environment.
+    os.environ.update(config.pkcs11.environment)
+    return Pkcs11Provider(config.pkcs11.modules, os.urandom, needs_network=config.pkcs11.network)
+
+
+def _confined(options: argparse.Namespace, config: AgentConfig, *, network: bool) -> dict[str, str]:
     """Harden and confine this process; what is in force, by measure. Anything missing is logged, nothing is fatal."""
     found = {name: "on" if problem is None else f"off: {problem}" for name, problem in measures().items()}
     socket_dir, state_dir = os.path.dirname(os.path.abspath(options.socket)), state_path()
@@ -97,6 +129,7 @@ def _confined(options: argparse.Namespace, *, network: bool) -> dict[str, str]:
         writable.append(private_dir(state_dir))
     if options.log_file is not None:
         writable.append(os.path.dirname(os.path.abspath(options.log_file)))
+    writable.extend(config.pkcs11.writable)
     found |= confine(writable, network=network)
     for name, state in found.items():
         if not state.startswith("on"):

@@ -111,6 +111,7 @@ class Server:
                     nursery.start_soon(self._close_records)
                     nursery.start_soon(self.audit.serve)
                     nursery.start_soon(self._service.locks.serve)
+                    nursery.start_soon(self._service.reverifier.serve)
                     if self._exit_when_empty:
                         nursery.start_soon(self._wait_empty)
                     task_status.started()

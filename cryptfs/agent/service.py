@@ -21,9 +21,11 @@ from cryptfs.agent.attempts import Attempts
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.edit_verbs import SECRET_MAX_BYTES, Editing, get_new_protector, get_policy, get_shred_secret
 from cryptfs.agent.freshness import Records
+from cryptfs.agent.handing_over import in_thread
 from cryptfs.agent.keyring import Keyring
 from cryptfs.agent.locking import TIME_MAX_S, Locks, Terms
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
+from cryptfs.agent.reverify import Reverifier
 from cryptfs.agent.shred_store import KIND as SHRED_KIND
 from cryptfs.agent.shred_store import ShredStore
 from cryptfs.agent.unlocking import Key, NewVolume, Providers, Unlocked, create_volume, unlock_volume
@@ -32,6 +34,7 @@ from cryptfs.crypto.secret_memory import SecretMemory
 from cryptfs.crypto.shred import SECRET_BYTES as SHRED_SECRET_BYTES
 from cryptfs.errors import (
     AuditUnavailable,
+    BackendUnavailable,
     CryptfsError,
     Denied,
     FreshnessUnavailable,
@@ -46,7 +49,7 @@ from cryptfs.errors import (
     WrongSecret,
 )
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Request, encode_failure, encode_push, encode_reply
-from cryptfs.format.volume import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, FILE_MAX_BYTES, LABEL_MAX_CHARS, parse_volume
+from cryptfs.format.volume import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, FILE_MAX_BYTES, LABEL_MAX_CHARS, Volume, parse_volume
 from cryptfs.ports import Clock, Random
 from cryptfs.types import ID_BYTES, Purpose
 
@@ -56,6 +59,8 @@ T = TypeVar("T")
 
 KDF_AT_ONCE = 1
 """A KDF may take a gigabyte: one at a time, the others wait."""
+ROOTS_AT_ONCE = 8
+"""Roots outside that are being waited for."""
 
 _CODES: tuple[tuple[type[CryptfsError], str], ...] = (
     (VolumeLocked, "locked"),
@@ -69,6 +74,7 @@ _CODES: tuple[tuple[type[CryptfsError], str], ...] = (
     (Denied, "denied"),
     (ProtocolError, "protocol"),
     (UsageError, "usage"),
+    (BackendUnavailable, "backend"),
     (VolumeBusy, "busy"),
 )
 
@@ -101,6 +107,8 @@ class Service:
         self._kept: set[bytes] = set()
         self.locks = Locks(self._keyring, self._attached, self._forget, clock)
         self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
+        self._root_limit = trio.CapacityLimiter(ROOTS_AT_ONCE)
+        self.reverifier = Reverifier(self.locks.begin, self._say_reverified, clock)
         self._started_s = clock.time_ns() // 1_000_000_000
         self.stopping = trio.Event()
         self._editing = Editing(
@@ -239,7 +247,7 @@ class Service:
         shred = self._new_shred_secret(new, get_shred_secret(args))
         secret = Secret.of(arg.get_bytes(args, "secret", 1 if new.protector is not None else 0, SECRET_MAX_BYTES))
         copy = None if shred is None else Secret.of(shred.view())
-        unlocked: Unlocked = await self._with_secret(
+        unlocked = await self._with_secret(
             secret, copy, lambda: create_volume(new, secret, self._providers, self._random, copy)
         )
         if shred is not None:
@@ -274,13 +282,14 @@ class Service:
         given = get_shred_secret(args)
         volume = parse_volume(data)
         async with self._attempts.next(volume.volume_id) as failures:
+            limit = self._limit_of(volume, kind, protector_id)
             secret = Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES))
             with ExitStack() as stack:
                 shred = self._editing.shred_secret(volume, given, stack)
                 stack.pop_all()
             key = Key(secret, kind, protector_id)
-            unlocked: Unlocked = await self._with_secret(
-                secret, shred, lambda: unlock_volume(data, key, self._providers, shred)
+            unlocked = await self._with_secret(
+                secret, shred, lambda: unlock_volume(data, key, self._providers, shred), limit
             )
         policy = unlocked.volume.policy
         terms = Terms(policy.for_s if for_s is None else for_s, policy.idle_s if idle_s is None else idle_s)
@@ -290,13 +299,22 @@ class Service:
         self._hold(unlocked, cipher_dir, terms)
         return {"volume_id": unlocked.volume.volume_id, "kek_version": unlocked.volume.kek_version}
 
-    async def _with_secret(self, secret: Secret, shred: Secret | None, work: Callable[[], Unlocked]) -> Unlocked:
-        def in_thread() -> Unlocked:
+    async def _with_secret(
+        self, secret: Secret, shred: Secret | None, work: Callable[[], Unlocked],
+        limit: trio.CapacityLimiter | None = None,
+    ) -> Unlocked:  # fmt: skip
+        def with_it() -> Unlocked:
             # Wiped by the thread: if the client leaves, the thread outlives the request.
             with secret, shred or nullcontext():
                 return work()
 
-        return await self._in_kdf_thread(in_thread)
+        return await in_thread(with_it, Unlocked.discard, limit or self._kdf_limit)
+
+    def _limit_of(self, volume: Volume, kind: str, protector_id: bytes) -> trio.CapacityLimiter:
+        """Roots outside need little memory and may hang: they do not share the KDFs' one place."""
+        kinds = {kind} | {p.kind for p in volume.protectors if p.protector_id == protector_id}
+        outside = any(kind in self._providers and self._providers[kind].revocable for kind in kinds)
+        return self._root_limit if outside else self._kdf_limit
 
     async def _in_kdf_thread(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._kdf_limit)
@@ -329,8 +347,7 @@ class Service:
                     self._audit.close_volume(volume_id, "forget")
                 raise
         except BaseException:
-            for kek in unlocked.keks.values():
-                kek.wipe()
+            trio.lowlevel.start_thread_soon(unlocked.discard, lambda _outcome: None)  # a root may block
             raise
 
     def _hold(self, unlocked: Unlocked, cipher_dir: bytes, terms: Terms) -> None:
@@ -339,6 +356,7 @@ class Service:
         self._audit.reseal(volume.volume_id, volume.kek_version, self._keyring.keks(volume.volume_id))
         self._cipher_dirs[volume.volume_id] = cipher_dir
         self.locks.held(volume.volume_id, terms)
+        self.reverifier.held(volume.volume_id, unlocked.standing, volume.policy.reverify_s)
         log.info("volume %s is unlocked", volume.volume_id.hex())
         attachment = self._attached.get(volume.volume_id)
         if attachment is not None:
@@ -364,6 +382,7 @@ class Service:
             self._audit.close_volume(volume_id, "forget")
         was_unlocked = self._keyring.forget(volume_id)
         self.locks.forgotten(volume_id)
+        self.reverifier.forgotten(volume_id)
         self._cipher_dirs.pop(volume_id, None)
         attachment = self._attached.get(volume_id)
         if was_unlocked:
@@ -372,6 +391,9 @@ class Service:
                 attachment.peer.post(encode_push({"event": "locked", "volume_id": volume_id}))
             self._changed()
         return was_unlocked
+
+    def _say_reverified(self, volume_id: bytes, outcome: str, why: str, then: str) -> None:
+        self._audit.event("reverify", outcome, volume_id=volume_id, detail={"message": why[:200], "then": then})
 
     def _about(self, args: Args) -> dict[str, Any]:
         arg.expect(args)

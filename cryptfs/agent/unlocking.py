@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cryptfs.agent.keyring import authenticate
+from cryptfs.agent.reverify import Standing
 from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.shred import shred_check, unwrap_kek, wrap_kek
 from cryptfs.crypto.wrap import KEK_BYTES, ZERO_ID, volume_mac, wrap_keys, wrapping_key
@@ -64,6 +65,15 @@ class Unlocked:
     volume: Volume
     data: bytes
     keks: Mapping[int, Secret]
+    standing: Standing | None = None
+    """The root key, still open, where it can be taken back (the receiver's to close)."""
+
+    def discard(self) -> None:
+        """Nobody receives it: wipe and close everything. May block."""
+        for kek in self.keks.values():
+            kek.wipe()
+        if self.standing is not None:
+            self.standing.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,19 +168,36 @@ def unlock_volume(data: bytes, key: Key, providers: Providers, shred: Secret | N
     """
     volume = parse_volume(data)
     known = [protector for protector in volume.protectors if protector.kind in providers and key.fits(protector)]
+    if not key.kind and not key.protector_id:
+        # A secret that was given for no kind in particular is no PIN.
+        known = [protector for protector in known if not providers[protector.kind].counts_wrong_secrets]
     if not known:
         raise UnsupportedFormat(_why_none(volume, key))
     check_shred(volume, shred)
     for protector in known:
-        root = providers[protector.kind].open(protector.params, key.secret.view())
+        provider = providers[protector.kind]
+        if provider.counts_wrong_secrets and not key.protector_id:
+            raise UsageError(f"say which protector of kind {protector.kind} it is for: that kind counts wrong secrets")
+        root = provider.open(protector.params, key.secret.view())
+        standing = None
         try:
             keks = open_protector(root, volume.volume_id, protector, shred)
+            if keks is not None:
+                authenticate(volume, data, keks)
+                if provider.revocable:
+                    standing = _standing(root, volume.volume_id, protector)
         finally:
-            root.close()
+            if standing is None:
+                root.close()
         if keks is not None:
-            authenticate(volume, data, keks)
-            return Unlocked(volume, data, keks)
+            return Unlocked(volume, data, keks, standing)
     raise WrongSecret("no protector of the volume opens with this secret")
+
+
+def _standing(root: RootKey, volume_id: bytes, protector: Protector) -> Standing:
+    """What the root just unwrapped, to be asked of it again."""
+    kek = protector.keks[-1]
+    return Standing(root, kek.wrapped, protector_aad(volume_id, protector.protector_id, kek.kek_version))
 
 
 def check_shred(volume: Volume, shred: Secret | None) -> None:

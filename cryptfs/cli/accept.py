@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cryptfs.cli import passphrase, ui
+from cryptfs.cli import ui
+from cryptfs.cli.protectors import Given
 
 if TYPE_CHECKING:
     from cryptfs.cli.volume_access import Reached
@@ -23,7 +24,7 @@ _SAID = {
 }
 
 
-def accept(cipher_dir: Path, sources: passphrase.Sources, paths: tuple[str, ...]) -> Outcome:
+def accept(cipher_dir: Path, given: Given, paths: tuple[str, ...]) -> Outcome:
     """Accept what is at `paths` in the volume, and below. Raises as `ops.accept.accept_paths` and `with_volume` do."""
     from cryptfs.cli.volume_access import with_volume
     from cryptfs.ops.accept import accept_paths
@@ -31,10 +32,10 @@ def accept(cipher_dir: Path, sources: passphrase.Sources, paths: tuple[str, ...]
     async def work(reached: Reached) -> Outcome:
         return await accept_paths(reached.access, [os.fsencode(path) for path in paths])
 
-    return with_volume(cipher_dir, sources, work, exclusive=True)
+    return with_volume(cipher_dir, given, work, exclusive=True)
 
 
-def accept_all(cipher_dir: Path, sources: passphrase.Sources) -> None:
+def accept_all(cipher_dir: Path, given: Given) -> None:
     """Accept the whole volume as it is. Raises as `ops.accept.accept_volume` and `with_volume` do."""
     import trio
 
@@ -52,7 +53,7 @@ def accept_all(cipher_dir: Path, sources: passphrase.Sources) -> None:
     daemon = mounts.daemon_of_volume(cipher_dir)
     if daemon is not None and not mounts.is_leaving(daemon):
         raise VolumeBusy(f"the volume is mounted on {daemon.mountpoint}")
-    unlocked_here = unlock_volume(cipher_dir, sources)
+    unlocked_here = unlock_volume(cipher_dir, given)
 
     async def run() -> None:
         async with open_agent(paths.agent_socket()) as client:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cryptfs.cli import passphrase, ui
+from cryptfs.cli import protectors, ui
 from cryptfs.cli.audit_lines import Filter, Shown, as_json, as_text, moment
+from cryptfs.cli.protectors import Given
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def _filters(command: F) -> F:
 @click.option("--path", "path", metavar="PATH", help="Only keys of PATH in the volume DIR, and of what is below it.")
 @click.option("--ids", is_flag=True, help="Show ids and no paths: needs no key.")
 @_filters
-@passphrase.options
+@protectors.options
 def show(  # noqa: PLR0913  one parameter per option
     dir: Path | None,  # noqa: A002
     *,
@@ -59,9 +60,7 @@ def show(  # noqa: PLR0913  one parameter per option
     process: str | None,
     verbs: tuple[str, ...],
     refused: bool,
-    passfile: Path | None,
-    passfd: int | None,
-    extpass: str | None,
+    given: Given,
 ) -> None:
     """Show the lines of all logs, or those about the volume DIR, with the paths its files have now."""
     from cryptfs.errors import UsageError
@@ -74,7 +73,7 @@ def show(  # noqa: PLR0913  one parameter per option
     if dir is not None:
         wanted.volume_id = _volume_id(dir)
         if not ids:
-            known = _paths(dir, passphrase.choose(passfile, passfd, extpass))
+            known = _paths(dir, given)
         if path is not None:
             wanted.ids = _below(known, path)
     from cryptfs.cli.audit_lines import all_lines
@@ -116,14 +115,12 @@ def follow(
 @audit.command()
 @click.argument("dir", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_document", is_flag=True, help="Print a JSON document.")
-@passphrase.options
+@protectors.options
 def verify(
     dir: Path | None,  # noqa: A002
     *,
     as_document: bool,
-    passfile: Path | None,
-    passfd: int | None,
-    extpass: str | None,
+    given: Given,
 ) -> int:
     """Check that every log is what was written, whole: the agent's own and those of DIR, or of all unlocked volumes.
 
@@ -137,7 +134,7 @@ def verify(
     unlocked_here = False
     if dir is not None:
         volume_id = _volume_id(dir)
-        unlocked_here = unlock_volume(Path(os.path.realpath(dir)), passphrase.choose(passfile, passfd, extpass))
+        unlocked_here = unlock_volume(Path(os.path.realpath(dir)), given)
     try:
         with ui.waiting("verifying"):
             outcome = verify_logs(_directory(), volume_id)
@@ -182,14 +179,14 @@ def _volume_id(cipher_dir: Path) -> bytes:
     return read_volume(Path(os.path.realpath(cipher_dir))).volume_id
 
 
-def _paths(cipher_dir: Path, sources: passphrase.Sources) -> Paths:
+def _paths(cipher_dir: Path, given: Given) -> Paths:
     from cryptfs.cli.volume_access import Reached, with_volume
     from cryptfs.ops.paths_by_id import paths_by_id
 
     async def work(reached: Reached) -> Paths:
         return await paths_by_id(reached.access)
 
-    return with_volume(cipher_dir, sources, work, exclusive=False)
+    return with_volume(cipher_dir, given, work, exclusive=False)
 
 
 def _below(known: Paths, path: str) -> frozenset[bytes]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cryptfs.cli import passphrase, ui
+from cryptfs.cli import protectors, ui
+from cryptfs.cli.protectors import Given
 from cryptfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 )
 @click.option("--accept-all", is_flag=True, help="Take the whole volume as it is now, however old. Not mounted.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
-@passphrase.options
-def check(  # noqa: PLR0913  one parameter per option
+@protectors.options
+def check(
     dir: Path,  # noqa: A002
     *,
     deep: bool,
@@ -38,20 +39,17 @@ def check(  # noqa: PLR0913  one parameter per option
     accepted: tuple[str, ...],
     accept_all: bool,
     as_json: bool,
-    passfile: Path | None,
-    passfd: int | None,
-    extpass: str | None,
+    given: Given,
 ) -> int:
     """Check the volume DIR, mounted or not: every name, sidecar and size, with --deep every block.
 
     Ends with 0 if nothing is damaged, 21 if something is, 24 if --repair put right all there was.
     """
-    sources = passphrase.choose(passfile, passfd, extpass)
     if accepted or accept_all:
         if deep or repair:
             raise UsageError("accepting, and looking or repairing, are done one after the other")
-        return _accept(dir, sources, accepted, everything=accept_all, as_json=as_json)
-    report = _report(dir, sources, deep=deep, repair=repair)
+        return _accept(dir, given, accepted, everything=accept_all, as_json=as_json)
+    report = _report(dir, given, deep=deep, repair=repair)
     if as_json:
         ui.out_json(report.as_json())
     else:
@@ -59,19 +57,17 @@ def check(  # noqa: PLR0913  one parameter per option
     return exit_code(report)
 
 
-def _accept(
-    cipher_dir: Path, sources: passphrase.Sources, paths: tuple[str, ...], *, everything: bool, as_json: bool
-) -> int:
+def _accept(cipher_dir: Path, given: Given, paths: tuple[str, ...], *, everything: bool, as_json: bool) -> int:
     from cryptfs.cli import accept
     from cryptfs.errors import Damaged
     from cryptfs.ops.accept import Outcome
 
     outcome = Outcome()
     if everything:
-        accept.accept_all(cipher_dir, sources)
+        accept.accept_all(cipher_dir, given)
         ui.done(f"{cipher_dir} is taken as it is from now on")
     if paths:
-        outcome = accept.accept(cipher_dir, sources, paths)
+        outcome = accept.accept(cipher_dir, given, paths)
     if as_json:
         ui.out_json(accept.as_json(outcome))
     elif paths:
@@ -79,7 +75,7 @@ def _accept(
     return Damaged.exit_code if outcome.refused else 0
 
 
-def _report(cipher_dir: Path, sources: passphrase.Sources, *, deep: bool, repair: bool) -> Report:
+def _report(cipher_dir: Path, given: Given, *, deep: bool, repair: bool) -> Report:
     from cryptfs.cli import progress
     from cryptfs.cli.volume_access import Reached, with_volume
     from cryptfs.ops.check import check_volume
@@ -93,7 +89,7 @@ def _report(cipher_dir: Path, sources: passphrase.Sources, *, deep: bool, repair
                 return await repair_volume(reached.access, deep=deep, tally=tally)
             return await check_volume(reached.access, deep=deep, settle=reached.settle, tally=tally)
 
-    return with_volume(cipher_dir, sources, work, exclusive=repair)
+    return with_volume(cipher_dir, given, work, exclusive=repair)
 
 
 def exit_code(report: Report) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from cryptfs.cli import passphrase, ui
+from cryptfs.cli import protectors, ui
+from cryptfs.cli.protectors import Given
 
 
 @click.command()
@@ -15,16 +16,14 @@ from cryptfs.cli import passphrase, ui
 @click.argument("path", type=click.Path())
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--skip-damaged", is_flag=True, help="Go on past damage; what is lost becomes zeros and is reported.")
-@passphrase.options
+@protectors.options
 def export(
     dir: Path,  # noqa: A002
     path: str,
     dest: Path,
     *,
     skip_damaged: bool,
-    passfile: Path | None,
-    passfd: int | None,
-    extpass: str | None,
+    given: Given,
 ) -> int:
     """Copy PATH (a path in the volume, `/` for all of it) out of the volume DIR to DEST, mounted or not.
 
@@ -46,7 +45,7 @@ def export(
                 settle=reached.settle, tally=tally,
             )  # fmt: skip
 
-    out = with_volume(dir, passphrase.choose(passfile, passfd, extpass), work, exclusive=False)
+    out = with_volume(dir, given, work, exclusive=False)
     for loss in out.losses:
         ranges = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in loss.lost_bytes)
         what = f"bytes {ranges} could not be read and are zeros" if ranges else "left out"

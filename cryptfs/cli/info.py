@@ -9,6 +9,8 @@ import click
 
 from cryptfs.cli import ui
 
+_HIDDEN = ("salt", "key_id")
+
 
 @click.command()
 @click.argument("dir", type=click.Path(path_type=Path))
@@ -32,19 +34,20 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("volume id", facts["volume_id"]),
         ("format version", str(facts["format_version"])),
-        ("created", _day(facts["created_s"])),
+        ("created", day(facts["created_s"])),
         ("block size", f"{facts['block_size']} bytes"),
         ("features", ", ".join(facts["features"]) or "none"),
         ("KEK version", str(facts["kek_version"])),
     ]
     for protector in facts["protectors"]:
-        params = ", ".join(f"{name} {value}" for name, value in protector["params"].items() if name != "salt")
+        params = ", ".join(f"{name} {value}" for name, value in protector["params"].items() if name not in _HIDDEN)
         label = f" ({protector['label']})" if protector["label"] else ""
         lines.append(("protector", f"{protector['id'][:8]} {protector['kind']}{label}: {params}"))
     return lines
 
 
-def _day(seconds: int) -> str:
+def day(seconds: int) -> str:
+    """Unix time as a day and minute in UTC."""
     from datetime import UTC, datetime
 
     try:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cryptfs.cli import passphrase, ui
+from cryptfs.cli import new_protector, ui
+from cryptfs.cli.protectors import PASSPHRASE
 from cryptfs.cli.sizes import block_size_given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from cryptfs.cli.new_protector import NewProtector
 
 DEFAULT_BLOCK_SIZE = "16K"
 _MADE = ("volume", "volume.new", "state", "tree", "sidecars", "tmp")
@@ -32,15 +36,9 @@ _MADE = ("volume", "volume.new", "state", "tree", "sidecars", "tmp")
     help="Bytes per block: a power of two from 4K to 1M.",
 )
 @click.option(
-    "--kdf-cost",
-    type=click.Choice(["low", "normal", "high"]),
-    default="normal",
-    show_default=True,
-    help="How hard each guess at the passphrase is; recorded in the volume.",
+    "--protector", "kind", type=new_protector.KIND_CHOICE, help="What opens it (default: what the options are for)."
 )
-@click.option(
-    "--label", default="passphrase", show_default=True, help="A name for this passphrase, readable by anyone."
-)
+@click.option("--label", metavar="TEXT", help="A name for its protector, readable by anyone (default: its kind).")
 @click.option("--shred-secret", is_flag=True, help="Make a secret that `shred` destroys; this machine keeps it.")
 @click.option(
     "--shred-keyfile",
@@ -49,76 +47,69 @@ _MADE = ("volume", "volume.new", "state", "tree", "sidecars", "tmp")
     help="Make that secret in a new file of your own instead; without it nothing opens the volume.",
 )
 @click.option("--ephemeral", is_flag=True, help="Scratch space: a new key at every mount, never stored anywhere.")
-@passphrase.options
-def init(  # noqa: PLR0913  one parameter per option
+@functools.partial(new_protector.options, beside_another=False)
+def init(
     dir: Path,  # noqa: A002
     *,
     block_size: int,
-    kdf_cost: str,
-    label: str,
     shred_secret: bool,
     shred_keyfile: Path | None,
     ephemeral: bool,
-    passfile: Path | None,
-    passfd: int | None,
-    extpass: str | None,
+    new: NewProtector,
 ) -> None:
     """Make a volume in DIR, which is created or must be empty."""
     from cryptfs.cli import key_agent
-    from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
+    from cryptfs.format.volume import parse_volume
+    from cryptfs.keys.edit_requests import VolumeWish
+    from cryptfs.ops.info import read_volume_file
 
-    sources = passphrase.choose(passfile, passfd, extpass)
+    kind = PASSPHRASE if ephemeral else new.checked()
     cipher_dir = Path(os.path.realpath(dir))
     _check_empty(cipher_dir)
-    _check_together(ephemeral=ephemeral, shred_secret=shred_secret, shred_keyfile=shred_keyfile, sources=sources)
-    protector = None
-    if not ephemeral:
-        secret = passphrase.ask_new() if sources.is_prompt else sources.read()
-        protector = ProtectorWish("passphrase", label, secret, {"cost": kdf_cost})
-    with ui.waiting("making the volume"), _all_or_nothing(cipher_dir), _shredding(shred_keyfile) as shredding:
-        kind = "agent" if shred_secret else ""
-        new = (
-            VolumeWish(block_size, protector, shred_kind=kind)
-            if shredding is None
-            else VolumeWish(
-                block_size,
-                protector,
-                shred_kind="keyfile",
-                shred_params={"path": shredding[0]},
-                shred_secret=shredding[1],
-            )
-        )
-        key_agent.create_volume(cipher_dir, new)
+    _check_together(ephemeral=ephemeral, shred_secret=shred_secret, shred_keyfile=shred_keyfile, new=new)
+    if ephemeral:
+        with ui.waiting("making the volume"), _all_or_nothing(cipher_dir):
+            key_agent.create_volume(cipher_dir, VolumeWish(block_size, None))
+    else:
+        label = kind if new.label is None else new.label
+        new_protector.check_label(label)
+        with new.made(kind, label, cipher_dir) as made:
+            with (
+                ui.waiting("making the volume"),
+                _all_or_nothing(cipher_dir),
+                _shredding(shred_secret, shred_keyfile) as shredding,
+            ):
+                key_agent.create_volume(cipher_dir, VolumeWish(block_size, made.wish, **shredding))
+            made.kept(parse_volume(read_volume_file(cipher_dir)).volume_id)
     if shred_secret:
         ui.note("its shred secret is kept by this machine's key agent: nothing opens the volume without it")
     ui.done(f"{cipher_dir} is a volume now; `cryptfs mount {cipher_dir} MOUNTPOINT` shows what is in it")
 
 
-def _check_together(
-    *, ephemeral: bool, shred_secret: bool, shred_keyfile: Path | None, sources: passphrase.Sources
-) -> None:
+def _check_together(*, ephemeral: bool, shred_secret: bool, shred_keyfile: Path | None, new: NewProtector) -> None:
     from cryptfs.errors import UsageError
 
     if shred_secret and shred_keyfile is not None:
         raise UsageError("--shred-secret and --shred-keyfile: the secret can be in one place only")
     if ephemeral and (shred_secret or shred_keyfile is not None):
         raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
-    if ephemeral and (sources.passfile or sources.passfd is not None or sources.extpass):
-        raise UsageError("an ephemeral volume has no passphrase: its key is never stored")
+    # A passphrase in the environment may be there for other volumes.
+    if ephemeral and new.options_given(without_variables=True):
+        raise UsageError("an ephemeral volume has no protector: its key is never stored")
 
 
 @contextlib.contextmanager
-def _shredding(keyfile: Path | None) -> Iterator[tuple[str, bytes] | None]:
-    """(path, secret) of a new shred key file, which is removed again if what follows fails."""
+def _shredding(by_agent: bool, keyfile: Path | None) -> Iterator[dict[str, Any]]:
+    """What a `VolumeWish` says of the shred secret; a key file made for it is removed again if what follows fails."""
     from cryptfs.cli import shred_secret
 
     if keyfile is None:
-        yield None
+        yield {"shred_kind": shred_secret.AGENT} if by_agent else {}
         return
     path = Path(os.path.realpath(keyfile))
     secret = shred_secret.make(path)
     try:
-        yield str(path), secret
+        yield {"shred_kind": shred_secret.KEYFILE, "shred_params": {"path": str(path)}, "shred_secret": secret}
     except BaseException:
         shred_secret.destroy(path)
         raise

@@ -124,28 +124,20 @@ def is_unlocked(volume_id: bytes) -> bool:
 
 
 def unlock(
-    volume_file: bytes,
-    cipher_dir: Path,
-    secret: bytes,
-    shredding: bytes = b"",
-    *,
-    for_s: int | None = None,
-    idle_s: int | None = None,
-) -> None:
-    """Unlock a volume; `shredding`: its shred secret, unless the agent keeps it.
+    volume_file: bytes, cipher_dir: Path, secret: bytes, *, kind: str, protector_id: bytes = b"",
+    shredding: bytes = b"", for_s: int | None = None, idle_s: int | None = None,
+) -> None:  # fmt: skip
+    """Unlock a volume by all protectors of a kind, or the one of an id.
 
-    Raises `WrongSecret`, `VolumeDamaged`, `UnsupportedFormat`, `AgentUnavailable`.
+    `shredding`: its shred secret, unless the agent keeps it. Raises `WrongSecret`, `VolumeDamaged`,
+    `UnsupportedFormat`, `ShredSecretMissing`, `Denied`, `BackendUnavailable`, `AgentUnavailable`.
     """
     ask(
         lambda client: client.unlock(
-            volume=volume_file,
-            cipher_dir=str(cipher_dir),
-            secret=secret,
-            shred_secret=shredding,
-            for_s=for_s,
-            idle_s=idle_s,
+            volume=volume_file, cipher_dir=str(cipher_dir), secret=secret, kind=kind, protector_id=protector_id,
+            shred_secret=shredding, for_s=for_s, idle_s=idle_s,
         )
-    )
+    )  # fmt: skip
 
 
 def lock(volume_id: bytes) -> LockOutcome:

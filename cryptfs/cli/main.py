@@ -33,6 +33,7 @@ _VERBS = {
     "lock": "cryptfs.cli.lock:lock",
     "status": "cryptfs.cli.status:status",
     "info": "cryptfs.cli.info:info",
+    "protector": "cryptfs.cli.protector:protector",
     "check": "cryptfs.cli.check:check",
     "export": "cryptfs.cli.export:export",
     "shred": "cryptfs.cli.shred:shred",

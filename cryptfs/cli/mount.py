@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cryptfs.cli import passphrase, ui
+from cryptfs.cli import protectors, ui
+from cryptfs.cli.protectors import Given
 
 if TYPE_CHECKING:
     from cryptfs.cli.daemon_process import MountOptions
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--max-uses", metavar="N", type=click.IntRange(min=1), help="Uses after which a key is asked for again.")
 @click.option("--no-cache", is_flag=True, help="Ask the agent for every key every time.")
-@passphrase.options
+@protectors.options
 def mount(  # noqa: PLR0913  one parameter per option
     dir: Path,  # noqa: A002
     mountpoint: Path,
@@ -53,20 +54,16 @@ def mount(  # noqa: PLR0913  one parameter per option
     max_entries: int | None,
     max_uses: int | None,
     no_cache: bool,
-    passfile: Path | None,
-    passfd: int | None,
-    extpass: str | None,
+    given: Given,
 ) -> int:
     """Mount the volume DIR on the empty directory MOUNTPOINT, unlocking it if needed."""
     from cryptfs.cli.daemon_process import MountOptions
 
     options = MountOptions(read_only, max_age, max_entries, max_uses, no_cache, fuse_options, force_owner)
-    return _mount(dir, mountpoint, options, passphrase.choose(passfile, passfd, extpass), foreground=foreground)
+    return _mount(dir, mountpoint, options, given, foreground=foreground)
 
 
-def _mount(
-    cipher_dir: Path, mountpoint: Path, options: MountOptions, sources: passphrase.Sources, *, foreground: bool
-) -> int:
+def _mount(cipher_dir: Path, mountpoint: Path, options: MountOptions, given: Given, *, foreground: bool) -> int:
     from cryptfs.cli import daemon_process, ephemeral, key_agent, mounts, processes
     from cryptfs.cli.unlock import unlock_volume
     from cryptfs.errors import VolumeBusy
@@ -85,7 +82,7 @@ def _mount(
             unlocked_here = ephemeral.renew(cipher_dir, volume)
         volume = read_volume(cipher_dir)
     else:
-        unlocked_here = unlock_volume(cipher_dir, sources)
+        unlocked_here = unlock_volume(cipher_dir, given)
     try:
         with ui.waiting(f"mounting {cipher_dir}"):
             starting = daemon_process.start(cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground)

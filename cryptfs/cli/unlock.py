@@ -7,42 +7,39 @@ from pathlib import Path
 
 import click
 
-from cryptfs.cli import passphrase, ui
+from cryptfs.cli import protectors, ui
 from cryptfs.cli.durations import DURATION
+from cryptfs.cli.protectors import Given
 
 
 @click.command()
 @click.argument("dir", type=click.Path(path_type=Path))
 @click.option("--for", "for_s", metavar="T", type=DURATION, help="Lock it again after T, for example 8h.")
 @click.option("--idle", "idle_s", metavar="T", type=DURATION, help="Lock it when no key was needed for T.")
-@passphrase.options
+@protectors.options
 def unlock(
     dir: Path,  # noqa: A002
     *,
     for_s: int | None,
     idle_s: int | None,
-    passfile: Path | None,
-    passfd: int | None,
-    extpass: str | None,
+    given: Given,
 ) -> None:
     """Bring the key of the volume DIR into the agent, mounted or not; starts the agent if needed.
 
     If it is there already, `--for` and `--idle` are not changed.
     """
-    sources = passphrase.choose(passfile, passfd, extpass)
-    if not unlock_volume(Path(os.path.realpath(dir)), sources, for_s=for_s, idle_s=idle_s):
+    if not unlock_volume(Path(os.path.realpath(dir)), given, for_s=for_s, idle_s=idle_s):
         ui.note("it was unlocked already")
         if for_s is not None or idle_s is not None:
             ui.warning("--for and --idle count only when a volume is unlocked: lock it first to change them")
 
 
-def unlock_volume(
-    cipher_dir: Path, sources: passphrase.Sources, *, for_s: int | None = None, idle_s: int | None = None
-) -> bool:
+def unlock_volume(cipher_dir: Path, given: Given, *, for_s: int | None = None, idle_s: int | None = None) -> bool:
     """Unlock the volume in `cipher_dir` (resolved); returns whether it was locked.
 
-    The passphrase is asked for only then, and a wrong one typed at the prompt may be typed again. Raises `NotAVolume`,
-    `VolumeDamaged`, `UnsupportedFormat`, `WrongSecret`, `AgentUnavailable`, `UsageError`.
+    The secret is asked for only then, and a wrong one that was typed may be typed again (but no PIN). Raises
+    `NotAVolume`, `VolumeDamaged`, `UnsupportedFormat`, `WrongSecret`, `BackendUnavailable`, `Denied`,
+    `AgentUnavailable`, `UsageError`.
     """
     from cryptfs.cli import key_agent, shred_secret
     from cryptfs.cli.advice import hinted
@@ -61,15 +58,19 @@ def unlock_volume(
             f"`cryptfs mount {cipher_dir} MOUNTPOINT` makes a new one in its place",
         )
     shredding = shred_secret.read(volume)
+    choice = given.choose(volume)
     attempt = 1
     while True:
-        secret = passphrase.ask() if sources.is_prompt else sources.read()
         try:
+            secret = choice.read()
             with ui.waiting("unlocking"):
-                key_agent.unlock(volume_file, cipher_dir, secret, shredding, for_s=for_s, idle_s=idle_s)
+                key_agent.unlock(
+                    volume_file, cipher_dir, secret, kind=choice.kind, protector_id=choice.protector_id,
+                    shredding=shredding, for_s=for_s, idle_s=idle_s,
+                )  # fmt: skip
         except CryptfsError as failure:
-            if not passphrase.is_retryable(sources, failure, attempt):
-                raise
+            if not choice.may_ask_again(failure, attempt):
+                raise choice.explained(failure) from failure.__cause__
             ui.warning(f"{failure}; try again")
             attempt += 1
         else:

@@ -17,7 +17,8 @@ from typing import TypeVar
 import trio
 
 from cryptfs import paths
-from cryptfs.cli import mounts, passphrase, ui
+from cryptfs.cli import mounts, ui
+from cryptfs.cli.protectors import Given
 from cryptfs.errors import CryptfsError, VolumeBusy
 from cryptfs.keys.agent_client import AgentClient, open_agent
 from cryptfs.keys.cache import KeyCache
@@ -48,7 +49,7 @@ class Reached:
 Work = Callable[[Reached], Awaitable[T]]
 
 
-def with_volume(cipher_dir: Path, sources: passphrase.Sources, work: Work[T], *, exclusive: bool) -> T:
+def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: bool) -> T:
     """Run `work` on the volume in `cipher_dir`, unlocking it for as long as that takes if it is locked.
 
     Raises `NotAVolume`, `VolumeDamaged`, `WrongSecret`, `AgentUnavailable`, `VolumeBusy` (if `exclusive`: it is
@@ -66,7 +67,7 @@ def with_volume(cipher_dir: Path, sources: passphrase.Sources, work: Work[T], *,
         daemon = None
     if daemon is not None and exclusive:
         raise VolumeBusy(f"the volume is mounted on {daemon.mountpoint}")
-    unlocked_here = unlock_volume(cipher_dir, sources)
+    unlocked_here = unlock_volume(cipher_dir, given)
     # Only now: an agent that was just started inherits none of this.
     harden()
     os.umask(0)  # modes are those of the volume's entries

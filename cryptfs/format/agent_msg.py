@@ -31,7 +31,7 @@ VERB_MAX_CHARS = 32
 CODES = frozenset(
     {
         "locked", "wrong-secret", "damaged", "rolled-back", "unsupported", "denied", "protocol", "busy", "freshness",
-        "audit", "shred-secret", "usage", "internal",
+        "audit", "shred-secret", "usage", "backend", "internal",
     }
 )  # fmt: skip
 """The error codes of version 1."""

@@ -1,8 +1,8 @@
 """A recovery key as text: what a person writes down, and what they type back years later.
 
-200 random bits. Fewer would be weaker than the protector's own key pair (ML-KEM-768, X25519: NIST's category 3, that
-of AES-192), more is only more to type. As text: ten groups of five characters of Crockford's base 32 (0-9, A-Z without
-I, L, O and U), four that carry 20 bits and a check character:
+200 random bits. There is no KDF before them, so they must be out of reach by themselves, also for a quantum computer,
+which would need 2^100 steps one after the other; 256 bits would be three groups more to type. As text: ten groups of
+five characters of Crockford's base 32 (0-9, A-Z without I, L, O and U), four that carry 20 bits and a check character:
 
     7K2MQ-0V9TA-XR4DE-...
 

@@ -21,6 +21,7 @@ import trio
 from cryptfs.errors import (
     AgentUnavailable,
     AuditUnavailable,
+    BackendUnavailable,
     CryptfsError,
     Denied,
     FreshnessUnavailable,
@@ -81,6 +82,7 @@ _ERRORS: Mapping[str, type[CryptfsError]] = {
     "audit": AuditUnavailable,
     "shred-secret": ShredSecretMissing,
     "usage": UsageError,
+    "backend": BackendUnavailable,
     "internal": AgentUnavailable,
 }
 _UCRED = struct.Struct("iII")

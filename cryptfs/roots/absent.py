@@ -16,6 +16,8 @@ class AbsentProvider:
     """Says why, whatever is asked."""
 
     needs_network = False
+    counts_wrong_secrets = True
+    revocable = False
 
     def __init__(self, kind: str, why: str) -> None:
         self.kind = kind

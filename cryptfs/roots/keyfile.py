@@ -24,6 +24,8 @@ class KeyfileProvider:
 
     kind = KEYFILE
     needs_network = False
+    counts_wrong_secrets = False
+    revocable = False
 
     def __init__(self, random: Random = os.urandom) -> None:
         self._random = random

@@ -84,6 +84,8 @@ class PassphraseProvider:
 
     kind = PASSPHRASE
     needs_network = False
+    counts_wrong_secrets = False
+    revocable = False
 
     def __init__(self, random: Random = os.urandom) -> None:
         self._random = random

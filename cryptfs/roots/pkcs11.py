@@ -98,6 +98,8 @@ class Pkcs11Provider:
     """Protectors of kind `pkcs11`."""
 
     kind = PKCS11
+    counts_wrong_secrets = True
+    revocable = True
 
     def __init__(self, modules: Mapping[str, str], random: Random = os.urandom, *, needs_network: bool = False) -> None:
         """`modules`: paths of PKCS#11 modules by name, from the agent's configuration."""
@@ -109,12 +111,18 @@ class Pkcs11Provider:
     def new_params(self, wish: Mapping[str, int | str | bytes]) -> dict[str, int | str | bytes]:
         """For the token ``wish["token"]`` (label or serial number), reached through the module ``wish["module"]``.
 
+        The module may be left out if only one is configured.
+
         ``wish["key_id"]`` (1 … 64 bytes): the CKA_ID of a key that is there; without it the first `open` with these
         params makes one. Raises `UsageError` for anything else, `BackendUnavailable` if the token is not there.
         """
-        module, token, key_id = wish.get("module"), wish.get("token"), wish.get("key_id", b"")
+        names = self._tokens.module_names
+        module = wish.get("module", names[0] if len(names) == 1 else None)
+        token, key_id = wish.get("token"), wish.get("key_id", b"")
         if wish.keys() - _WISHES or type(module) is not str or type(token) is not str or type(key_id) is not bytes:
-            raise UsageError("a PKCS#11 protector needs a module and a token, and may name a key of it")
+            raise UsageError(
+                f"a PKCS#11 protector needs a module ({', '.join(names) or 'none is configured'}) and a token"
+            )
         if len(key_id) > KEY_ID_MAX_BYTES:
             raise UsageError(f"a PKCS#11 key id has at most {KEY_ID_MAX_BYTES} bytes")
         label, serial = self._tokens.find(module, token)

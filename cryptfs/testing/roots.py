@@ -42,6 +42,8 @@ class FakeProvider:
 
     kind = "fake"
     needs_network = False
+    counts_wrong_secrets = False
+    revocable = False
 
     def __init__(self) -> None:
         self.failure: CryptfsError | None = None

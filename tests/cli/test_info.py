@@ -129,7 +129,7 @@ def test_odd_things_in_the_place_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_date_that_no_calendar_has() -> None:
-    from cryptfs.cli.info import _day
+    from cryptfs.cli.info import day
 
-    assert _day(0) == "1970-01-01 00:00 UTC"
-    assert _day(2**62) == str(2**62)
+    assert day(0) == "1970-01-01 00:00 UTC"
+    assert day(2**62) == str(2**62)

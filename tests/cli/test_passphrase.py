@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cryptfs.cli import passphrase
-from cryptfs.errors import UsageError, VolumeBusy, WrongSecret
+from cryptfs.errors import UsageError
 from tests.cli.terminal import Terminal
 
 
@@ -139,12 +139,18 @@ def test_two_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         passphrase.choose(None, None, "echo x")
 
 
-def test_only_a_wrong_passphrase_at_the_prompt_may_be_typed_again() -> None:
-    prompt, other = passphrase.Sources(), passphrase.Sources(passfd=0)
-    assert passphrase.is_retryable(prompt, WrongSecret(), 1)
-    assert not passphrase.is_retryable(prompt, WrongSecret(), passphrase.ATTEMPTS)
-    assert not passphrase.is_retryable(prompt, VolumeBusy(), 1)
-    assert not passphrase.is_retryable(other, WrongSecret(), 1)
+@pytest.mark.parametrize("words", [passphrase.PIN, passphrase.NEW_PASSPHRASE, passphrase.NEW_PIN])
+def test_other_secrets_have_options_and_a_variable_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, words: passphrase.Words
+) -> None:
+    monkeypatch.setenv(words.variable, "secret")
+    monkeypatch.setenv(passphrase.ENVIRONMENT_VARIABLE, "another")
+    passphrase.claim_environment()
+    assert words.variable not in os.environ
+    assert passphrase.choose(None, None, None, words).read() == b"secret"
+    assert passphrase.choose(None, None, None).read() == b"another"
+    with pytest.raises(UsageError, match=f"{words.options[2]} and {words.variable}"):
+        passphrase.choose(None, None, "echo x", words)
 
 
 def asking(function: str) -> list[str]:

@@ -208,12 +208,20 @@ def test_a_key_that_is_too_weak_is_refused(
         provider.open(params, b"000000")
 
 
+def test_the_module_may_be_left_out_if_there_is_one(provider: Pkcs11Provider) -> None:
+    assert provider.new_params({"token": "contract"})["module"] == MODULE
+    with pytest.raises(UsageError, match=r"needs a module \(a, b\)"):
+        Pkcs11Provider({"a": MODULE_PATH, "b": MODULE_PATH}).new_params({"token": "contract"})
+    with pytest.raises(UsageError, match="none is configured"):
+        Pkcs11Provider({}).new_params({"token": "contract"})
+
+
 @pytest.mark.parametrize(
     "wish",
     [
         {},
         {"module": MODULE},
-        {"token": "contract"},
+        {"token": 1},
         {**WISH, "key_id": "text"},
         {**WISH, "key_id": bytes(65)},
         {**WISH, "pin": PIN},

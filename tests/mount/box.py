@@ -57,7 +57,7 @@ class Box:
     @property
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name != "CRYPTFS_PASSPHRASE"}
-        own = {"HOME": "h", "XDG_RUNTIME_DIR": "r", "XDG_STATE_HOME": "s"}
+        own = {"HOME": "h", "XDG_CONFIG_HOME": "c", "XDG_RUNTIME_DIR": "r", "XDG_STATE_HOME": "s"}
         return kept | {name: str(self.root / path) for name, path in own.items()}
 
     def make(self) -> None:
@@ -71,9 +71,20 @@ class Box:
         self, *words: str | Path, code: int | None = 0, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """`cryptfs WORDS`, with the passphrase in its environment; `code` is the exit code it must end with."""
+        return self._run(words, code, {"CRYPTFS_PASSPHRASE": PASSPHRASE, **(env or {})})
+
+    def run_without_passphrase(
+        self, *words: str | Path, code: int | None = 0, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, and the secret is the caller's to give."""
+        return self._run(words, code, env or {})
+
+    def _run(
+        self, words: tuple[str | Path, ...], code: int | None, env: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
         ended = subprocess.run(
             [sys.executable, "-m", "cryptfs", *map(str, words)],
-            env={**self.environment, "CRYPTFS_PASSPHRASE": PASSPHRASE, **(env or {})},
+            env={**self.environment, **env},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
