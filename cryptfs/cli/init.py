@@ -93,8 +93,7 @@ def _check_together(*, ephemeral: bool, shred_secret: bool, shred_keyfile: Path 
         raise UsageError("--shred-secret and --shred-keyfile: the secret can be in one place only")
     if ephemeral and (shred_secret or shred_keyfile is not None):
         raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
-    # A passphrase in the environment may be there for other volumes.
-    if ephemeral and new.options_given(without_variables=True):
+    if ephemeral and new.secret_options():
         raise UsageError("an ephemeral volume has no protector: its key is never stored")
 
 

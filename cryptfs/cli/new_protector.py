@@ -61,18 +61,17 @@ class NewProtector:
                 raise hinted(UsageError("no terminal to show the recovery key on"), "--out FILE writes it to a file")
         return kind
 
-    def options_given(self, *, without_variables: bool) -> list[str]:
-        """The names of what was given at all, kind and label aside."""
+    def secret_options(self) -> list[str]:
+        """The options given that say where a secret is; not the variables, which may be there for other volumes."""
         names = [name for given in self._by_kind().values() for name in given]
-        variables = (self.passphrase.words.variable, self.pin.words.variable)
-        return [name for name in names if not without_variables or name not in variables]
+        return [name for name in names if name.startswith("--") and name != "--kdf-cost"]
 
     def _by_kind(self) -> dict[str, list[str]]:
         """The options and variables given for each kind."""
         tokens = {"--module": self.module, "--token": self.token, "--key-id": self.key_id}
         return {
             PASSPHRASE: [*self.passphrase.given, *_given({"--kdf-cost": self.kdf_cost})],
-            KEYFILE: _given({"--new-keyfile": self.new_keyfile, "the key file": self.use_keyfile}),
+            KEYFILE: _given({"--new-keyfile": self.new_keyfile, "--keyfile": self.use_keyfile}),
             RECOVERY: _given({"--out": self.out}),
             PKCS11: [*_given(tokens), *self.pin.given],
         }
