@@ -9,25 +9,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from cryptfs.crypto.secret import Secret
-from cryptfs.errors import CryptfsError, UsageError, WrongSecret
-from cryptfs.format.volume import (
-    PASSPHRASE,
-    PASSPHRASE_OVERHEAD_BYTES,
-    SALT_BYTES,
-    SEALED_KEK_BYTES,
-    PassphraseParams,
-    parse_passphrase,
-)
+from cryptfs.errors import CryptfsError, UsageError
+from cryptfs.format.volume import PASSPHRASE, SALT_BYTES, PassphraseParams, parse_passphrase
 from cryptfs.ports import Random
+from cryptfs.roots.local_key import ROOT_KEY_BYTES, LocalRoot
 from cryptfs.types import Buffer
 
-ROOT_KEY_BYTES = 32
-NONCE_BYTES = 12
+_REFUSAL = "the passphrase does not open this protector"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +38,6 @@ COSTS: Mapping[str, Cost] = {
     # About eight times as much.
     "high": Cost(memory_kib=1 << 20, iterations=8, lanes=4),
 }
-
-
-class PassphraseRoot:
-    """A root key derived from a passphrase; held until `close`."""
-
-    def __init__(self, root_key: Secret, random: Random) -> None:
-        """`root_key` (32 bytes) becomes this object's to wipe; `random` makes nonces."""
-        self._root_key = root_key
-        self._random = random
-
-    def wrap(self, key: Buffer, context: bytes) -> bytes:
-        """28 bytes more: `nonce[12] || ciphertext and tag`."""
-        # A random nonce is safe: one root key wraps a handful of KEKs in its life.
-        nonce = self._random(NONCE_BYTES)
-        return nonce + AESGCM(self._root_key.view()).encrypt(nonce, key, context)
-
-    def unwrap(self, wrapped: bytes, context: bytes) -> bytearray:
-        """The key (32 or 40 bytes). Raises `WrongSecret` if it is not authentic under this root key and context."""
-        if len(wrapped) - PASSPHRASE_OVERHEAD_BYTES not in SEALED_KEK_BYTES:
-            raise WrongSecret("the passphrase does not open this protector")
-        key = bytearray(len(wrapped) - PASSPHRASE_OVERHEAD_BYTES)
-        try:
-            AESGCM(self._root_key.view()).decrypt_into(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], context, key)
-        except InvalidTag:
-            raise WrongSecret("the passphrase does not open this protector") from None
-        return key
-
-    def close(self) -> None:
-        """Wipe the root key."""
-        self._root_key.wipe()
 
 
 class PassphraseProvider:
@@ -103,13 +64,13 @@ class PassphraseProvider:
             "lanes": chosen.lanes,
         }
 
-    def open(self, params: Mapping[str, int | str | bytes], secret: Buffer) -> PassphraseRoot:
+    def open(self, params: Mapping[str, int | str | bytes], secret: Buffer) -> LocalRoot:
         """Derive the root key; takes as long and as much memory as `params` say. A wrong passphrase shows at `unwrap`.
 
         Raises `VolumeDamaged` or `UnsupportedFormat` for bad `params`; `CryptfsError` if memory is short.
         """
         checked = parse_passphrase(params)
-        return PassphraseRoot(_derive(checked, secret), self._random)
+        return LocalRoot(_derive(checked, secret), self._random, _REFUSAL)
 
     def describe(self, params: Mapping[str, int | str | bytes]) -> str:
         """For example ``argon2id, 256 MiB, 4 iterations, 4 lanes``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import trio
 
 from cryptfs.agent import sandbox
+from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import open_agent
+from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 from tests.agent.conftest import StartAgent
+from tests.softhsm import PIN, SoftHsm
 
 ATTEMPTS = """
 import concurrent.futures, os, socket, sys
@@ -88,6 +92,25 @@ async def test_the_agent_is_confined_and_says_so(start_agent: StartAgent) -> Non
     assert set(about["hardening"]) == {
         "no_core_dumps", "not_dumpable", "locked_memory", "landlock", "seccomp", "memfd_secret",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("network", [False, True])
+async def test_the_configuration_says_what_modules_may_do(
+    start_agent: StartAgent, short_tmp: Path, network: bool
+) -> None:
+    hsm = SoftHsm(short_tmp / "hsm").set_up()
+    hsm.make_token("card")
+    config = short_tmp / "config" / "cryptfs" / "agent.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text(hsm.agent_toml().replace("[pkcs11]\n", f"[pkcs11]\nnetwork = {str(network).lower()}\n"))
+    program = start_agent(env={**os.environ, "XDG_CONFIG_HOME": str(short_tmp / "config")})
+    async with open_agent(program.path) as client:
+        about = await client.request("about", {})
+        wish = ProtectorWish("pkcs11", "card", PIN.encode(), {"token": "card"})
+        # In the confined process: loading the module, logging in, making a key.
+        assert parse_volume(await client.create(VolumeWish(4096, wish))).protectors[0].kind == "pkcs11"
+    if about["hardening"]["seccomp"].startswith("on"):
+        assert ("network" in about["hardening"]["seccomp"]) == network
 
 
 @pytest.mark.parametrize("machine", ["riscv64", "x86_64"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pkcs11
 import pytest
@@ -230,3 +231,60 @@ def test_the_module_may_be_left_out_if_there_is_one(provider: Pkcs11Provider) ->
 def test_wishes_that_make_no_sense_are_refused(provider: Pkcs11Provider, wish: Params) -> None:
     with pytest.raises(UsageError):
         provider.new_params(wish)
+
+
+@dataclass
+class LockingToken:
+    """A token with the flags a PIN-counting one has after a wrong PIN: SoftHSM never gets so far."""
+
+    before: pkcs11.TokenFlag
+    after: pkcs11.TokenFlag
+    error: type[pkcs11.PKCS11Error] = pkcs11.PinIncorrect
+    tried: int = 0
+    label: str = "contract"
+    serial: bytes = b"1"
+
+    @property
+    def flags(self) -> pkcs11.TokenFlag:
+        return self.after if self.tried else self.before
+
+    def open(self, user_pin: str) -> pkcs11.Session:
+        self.tried += 1
+        raise self.error
+
+
+F = pkcs11.TokenFlag
+PARAMS: Params = {
+    "mechanism": "aes-256-gcm",
+    "module": MODULE,
+    "token_label": "contract",
+    "token_serial": "1",
+    "key_id": b"k",
+}
+
+
+@pytest.mark.parametrize(
+    ("token", "error", "why", "tried"),
+    [
+        (LockingToken(F(0), F.USER_PIN_COUNT_LOW), WrongSecret, "counts them", 1),
+        (LockingToken(F(0), F.USER_PIN_COUNT_LOW | F.USER_PIN_FINAL_TRY), WrongSecret, "one more wrong one", 1),
+        (LockingToken(F.USER_PIN_FINAL_TRY, F.USER_PIN_LOCKED), Denied, "has locked it now", 1),
+        (LockingToken(F.USER_PIN_LOCKED, F.USER_PIN_LOCKED), Denied, "after too many wrong ones", 0),
+        (LockingToken(F(0), F(0)), WrongSecret, "^wrong PIN$", 1),
+        (LockingToken(F(0), F(0), pkcs11.PinLenRange), WrongSecret, "^wrong PIN$", 1),
+        (LockingToken(F(0), F(0), pkcs11.PinLocked), Denied, "has locked its PIN", 1),
+        (LockingToken(F(0), F(0), pkcs11.PinExpired), Denied, "changed first", 1),
+        (LockingToken(F(0), F(0), pkcs11.UserPinNotInitialized), Denied, "has no PIN yet", 1),
+        (LockingToken(F(0), F(0), pkcs11.DeviceRemoved), BackendUnavailable, "DeviceRemoved", 1),
+        (LockingToken(F(0), F(0), pkcs11.GeneralError), BackendUnavailable, "GeneralError", 1),
+    ],
+)
+def test_what_a_token_says_of_a_pin(
+    provider: Pkcs11Provider, monkeypatch: pytest.MonkeyPatch, token: LockingToken, error: type[Exception], why: str,
+    tried: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(provider._tokens, "_tokens", lambda _module: [token])
+    token.tried = 0
+    with pytest.raises(error, match=why):
+        provider.open(PARAMS, b"123")
+    assert token.tried == tried

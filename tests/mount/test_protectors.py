@@ -66,6 +66,8 @@ def test_one_volume_and_four_ways_in(box: Box, token: SoftHsm) -> None:
     box.run("protector", "add", box.vault, "--new-keyfile", keyfile)
     box.run("protector", "add", box.vault, "--kind", "recovery", "--out", paper)
     box.run("protector", "add", box.vault, "--token", "card", env={"CRYPTFS_NEW_PIN": PIN})
+    said = box.run("protector", "add", box.vault, "--new-keyfile", box.clear / "key", "--label", "inside").stderr
+    assert "inside the volume that it opens" in said
     assert (box.clear / "file").read_bytes() == CONTENT
     (box.clear / "file2").write_bytes(CONTENT[::-1])
     box.umount()
