@@ -46,7 +46,7 @@ SYNC_S = 1.0
 """How much of the record a power cut may cost; a `kill -9` costs nothing."""
 MESSAGE_MAX_CHARS = 300
 
-_QUIET = frozenset({"hello", "status", "floors", "record", "begin", "locked", "about", "audit"})
+_QUIET = frozenset({"hello", "status", "floors", "record", "begin", "locked", "about", "audit", "report", "reports"})
 """Verbs that hand out no key and change nothing worth a line; their refusal is one."""
 _SELF_TOLD = frozenset({"create", "unlock"})
 """They call `unlocked` before the KEK is held."""
@@ -190,7 +190,9 @@ class Auditor:
                 if not each.dirty:
                     continue
                 try:
-                    await trio.to_thread.run_sync(each.syncing())
+                    # Once it has a descriptor of its own it must come to closing it, also if the agent ends just now.
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(each.syncing())
                 except OSError as error:
                     each.sync_failed()
                     self._failed(AuditUnavailable(f"{each.directory} cannot be synced: {error.strerror}"))

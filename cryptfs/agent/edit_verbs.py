@@ -19,6 +19,7 @@ from cryptfs.agent.args import Args
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Changes, Records, Seen
 from cryptfs.agent.keyring import Keyring
+from cryptfs.agent.policies import Policies
 from cryptfs.agent.recording import Attachment, Peer, check_file
 from cryptfs.agent.shred_store import KIND, ShredStore
 from cryptfs.agent.unlocking import Key, NewProtector, Providers, Unlocked
@@ -44,7 +45,7 @@ class Editing:
     def __init__(  # noqa: PLR0913 - what the verbs work on
         self, *, keyring: Keyring, records: Records, audit: Auditor, attached: MutableMapping[bytes, Attachment],
         providers: Providers, shred: ShredStore, random: Random, clock: Clock,
-        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]], policies: Policies,
     ) -> None:  # fmt: skip
         self._keyring = keyring
         self._records = records
@@ -55,6 +56,7 @@ class Editing:
         self._random = random
         self._clock = clock
         self._in_thread = in_thread
+        self._policies = policies
         self.verbs: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "policy-set": self._policy_set,
             "protector-add": self._protector_add,
@@ -132,9 +134,10 @@ class Editing:
         self._audit.reseal(volume.volume_id, volume.kek_version, self._keyring.keks(volume.volume_id))
         attachment = self._attached.get(volume.volume_id)
         if attachment is not None:
-            changed = replace(attachment, serial=volume.serial, kek_version=volume.kek_version)
+            changed = replace(attachment, serial=volume.serial, kek_version=volume.kek_version, policy=volume.policy)
             self._attached[volume.volume_id] = changed
             attachment.peer.post(encode_push({"event": "changed", "volume_id": volume.volume_id}))
+        self._policies.learn(volume.volume_id, volume.serial, volume.policy)
         log.info("volume %s: its file has serial %d now", volume.volume_id.hex(), volume.serial)
         return {"serial": volume.serial, "kek_version": volume.kek_version}
 

@@ -46,12 +46,30 @@ class Terms:
     for_s: int | None = None
     idle_s: int | None = None
 
+    def before(self, other: Terms) -> Terms:
+        """These, and those of `other` where they say nothing."""
+        return Terms(
+            other.for_s if self.for_s is None else self.for_s, other.idle_s if self.idle_s is None else self.idle_s
+        )
+
 
 @dataclass(slots=True)
 class _Timed:
+    """`terms`: what `unlock` said, which goes before what the volume's `policy` says."""
+
     terms: Terms
-    lock_at: float | None
+    policy: Terms
+    unlocked_at: float
     used_at: float
+
+    @property
+    def lock_at(self) -> float | None:
+        for_s = self.terms.before(self.policy).for_s
+        return None if for_s is None else self.unlocked_at + for_s
+
+    @property
+    def idle_s(self) -> int | None:
+        return self.terms.before(self.policy).idle_s
 
 
 @dataclass(slots=True)
@@ -69,6 +87,8 @@ class Locks:
         self, keyring: Keyring, attached: Mapping[bytes, Attachment], forget: Callable[[bytes], bool], clock: Clock
     ) -> None:
         self.deadline_s = DEADLINE_S
+        self.on_begin: Callable[[bytes], None] = lambda _: None
+        """Called when a volume begins to be locked."""
         self._keyring = keyring
         self._attached = attached
         self._forget = forget
@@ -101,6 +121,7 @@ class Locks:
             return
         log.info("locking volume %s (%s): waiting for process %d", volume_id.hex(), why, daemon.peer.pid)
         self._closing[volume_id] = _Closing(trio.current_time() + self.deadline_s, daemon.peer)
+        self.on_begin(volume_id)
         daemon.peer.post(
             encode_push({"event": "locking", "volume_id": volume_id, "deadline_ms": int(self.deadline_s * 1000)})
         )
@@ -149,13 +170,23 @@ class Locks:
     def held(self, volume_id: bytes, terms: Terms) -> None:
         """The volume was unlocked (again): its times count from now."""
         now = self._clock.monotonic()
-        self._timed[volume_id] = _Timed(terms, None if terms.for_s is None else now + terms.for_s, now)
+        self._timed[volume_id] = _Timed(terms, Terms(), now, now)
         self._wake.set()
+
+    def set_terms(self, volume_id: bytes, policy: Terms) -> None:
+        """What the policy of an unlocked volume says of its times; counts at once, from the same beginnings."""
+        timed = self._timed.get(volume_id)
+        if timed is not None and timed.policy != policy:
+            if timed.idle_s is None:
+                # Uses were not counted so far.
+                timed.used_at = self._clock.monotonic()
+            timed.policy = policy
+            self._wake.set()
 
     def used(self, volume_id: bytes) -> None:
         """A request needed the KEK."""
         timed = self._timed.get(volume_id)
-        if timed is not None and timed.terms.idle_s is not None:
+        if timed is not None and timed.idle_s is not None:
             timed.used_at = self._clock.monotonic()
 
     def locks_in_s(self, volume_id: bytes) -> int | None:
@@ -186,6 +217,6 @@ class Locks:
 
 
 def _due(timed: _Timed) -> float | None:
-    idle = None if timed.terms.idle_s is None else timed.used_at + timed.terms.idle_s
+    idle = None if timed.idle_s is None else timed.used_at + timed.idle_s
     dues = [due for due in (timed.lock_at, idle) if due is not None]
     return min(dues) if dues else None

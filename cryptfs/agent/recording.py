@@ -16,6 +16,7 @@ from cryptfs.agent.args import Args
 from cryptfs.agent.freshness import GENERATION_BYTES, Changes, Record, Records, Seen, split_ids, split_logs
 from cryptfs.agent.keyring import Keyring
 from cryptfs.errors import RolledBack, VolumeBusy, VolumeDamaged, VolumeLocked
+from cryptfs.format.policy import Policy
 from cryptfs.format.volume import FILE_MAX_BYTES, Volume
 from cryptfs.types import DELETED, ID_BYTES
 
@@ -55,6 +56,7 @@ class Attachment:
     mountpoint: bytes
     serial: int
     kek_version: int
+    policy: Policy
 
 
 class Recording:

@@ -23,11 +23,12 @@ import trio
 
 from cryptfs.crypto.secret import Secret
 from cryptfs.errors import BackendUnavailable, CryptfsError
+from cryptfs.format.policy import REVERIFY_DEFAULT_S
 from cryptfs.ports import Clock, RootKey
 
 log = logging.getLogger(__name__)
 
-DEFAULT_EVERY_S = 60
+DEFAULT_EVERY_S = REVERIFY_DEFAULT_S
 TRIES = 3
 """How often in a row a root may be out of reach before its volume is locked."""
 RETRY_S = 5.0
@@ -93,6 +94,13 @@ class Reverifier:
             every = float(DEFAULT_EVERY_S if every_s is None else every_s)
             self._watched[volume_id] = _Watched(standing, every, self._clock.monotonic() + every)
             self._wake.set()
+
+    def set_interval(self, volume_id: bytes, every_s: int | None) -> None:
+        """Another interval, None for the default; the next question comes no later than it would have."""
+        watched = self._watched.get(volume_id)
+        if watched is not None:
+            watched.every_s = float(DEFAULT_EVERY_S if every_s is None else every_s)
+            watched.due = min(watched.due, self._clock.monotonic() + watched.every_s)
 
     def forgotten(self, volume_id: bytes) -> None:
         """The volume is locked: its root is closed, soon and in a thread."""

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 CONNECTIONS_MAX = 128
 SLOW_PER_CONNECTION_MAX = 64
 """Requests that wait for a thread: a KDF's, or that of the freshness records."""
+UNWRAPS_PER_CONNECTION_MAX = 1024
+"""Unwraps that wait because there is a limit of them: more than a daemon has requests of its kernel and reads ahead."""
 REQUEST_S = 30.0
 """How long a client may take to send one request."""
 RECV_BYTES = 64 << 10
@@ -88,6 +90,7 @@ class Server:
         )
         self._exe_of = (around or Around()).exe_of
         self.locks = self._service.locks
+        self.policies = self._service.policies
         self._exit_when_empty = exit_when_empty
         self._startup_grace_s = startup_grace_s
         self._empty_grace_s = empty_grace_s
@@ -112,6 +115,7 @@ class Server:
                     nursery.start_soon(self.audit.serve)
                     nursery.start_soon(self._service.locks.serve)
                     nursery.start_soon(self._service.reverifier.serve)
+                    nursery.start_soon(self._service.limits.serve)
                     if self._exit_when_empty:
                         nursery.start_soon(self._wait_empty)
                     task_status.started()
@@ -245,6 +249,7 @@ class Connection:
         self._sender = Sender(sock, lambda _: self.hang_up())
         self._heard_at = trio.current_time()
         self._slow = 0
+        self._unwraps = 0
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
@@ -279,7 +284,7 @@ class Connection:
     @property
     def idle_since(self) -> float | None:
         """Since when nothing is under way here (trio's clock); None while something is."""
-        return None if self._slow or self._sender.unsent else self._heard_at
+        return None if self._slow or self._unwraps or self._sender.unsent else self._heard_at
 
     async def _readable(self) -> bool:
         """Wait for more; False if the peer began a request and does not go on with it."""
@@ -325,7 +330,10 @@ class Connection:
     def _handle(self, request: Request, nursery: trio.Nursery) -> None:
         if not self._service.is_slow(request):
             self.post(self._service.answer(self, request))
-        elif self._slow < SLOW_PER_CONNECTION_MAX:
+        elif request.verb == "unwrap" and self._unwraps < UNWRAPS_PER_CONNECTION_MAX:
+            self._unwraps += 1
+            nursery.start_soon(self._handle_unwrap, request)
+        elif request.verb != "unwrap" and self._slow < SLOW_PER_CONNECTION_MAX:
             self._slow += 1
             nursery.start_soon(self._handle_slow, request)
         else:
@@ -336,3 +344,9 @@ class Connection:
             self.post(await self._service.answer_slow(self, request))
         finally:
             self._slow -= 1
+
+    async def _handle_unwrap(self, request: Request) -> None:
+        try:
+            self.post(await self._service.answer_slow(self, request))
+        finally:
+            self._unwraps -= 1

@@ -22,9 +22,12 @@ from cryptfs.agent.audit import Auditor
 from cryptfs.agent.edit_verbs import SECRET_MAX_BYTES, Editing, get_new_protector, get_policy, get_shred_secret
 from cryptfs.agent.freshness import Records
 from cryptfs.agent.handing_over import in_thread
-from cryptfs.agent.keyring import Keyring
+from cryptfs.agent.keyring import Keyring, UnwrapItem
+from cryptfs.agent.limits import Limits
 from cryptfs.agent.locking import TIME_MAX_S, Locks, Terms
+from cryptfs.agent.policies import Policies, terms_of
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
+from cryptfs.agent.reports import Reports
 from cryptfs.agent.reverify import Reverifier
 from cryptfs.agent.shred_store import KIND as SHRED_KIND
 from cryptfs.agent.shred_store import ShredStore
@@ -106,14 +109,18 @@ class Service:
         self._cipher_dirs: dict[bytes, bytes] = {}
         self._kept: set[bytes] = set()
         self.locks = Locks(self._keyring, self._attached, self._forget, clock)
+        self.limits = Limits(audit, clock)
+        self.locks.on_begin = self.limits.refuse
+        self._reports = Reports(self._attached)
         self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
         self._root_limit = trio.CapacityLimiter(ROOTS_AT_ONCE)
         self.reverifier = Reverifier(self.locks.begin, self._say_reverified, clock)
+        self.policies = Policies(self._attached, self.locks, self.limits, self.reverifier, audit)
         self._started_s = clock.time_ns() // 1_000_000_000
         self.stopping = trio.Event()
         self._editing = Editing(
             keyring=self._keyring, records=records, audit=audit, attached=self._attached, providers=providers,
-            shred=shred, random=random, clock=clock, in_thread=self._in_kdf_thread,
+            shred=shred, random=random, clock=clock, in_thread=self._in_kdf_thread, policies=self.policies,
         )  # fmt: skip
         self._inline: Mapping[str, Callable[[Args], dict[str, Any]]] = {
             "unwrap": self._unwrap,
@@ -128,6 +135,7 @@ class Service:
             "hello": self._hello,
             "detach": self._detach,
             "locked": self._locked,
+            "report": self._reports.answered,
         }
         self._slow: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "create": self._create,
@@ -135,7 +143,8 @@ class Service:
             "lock": self._lock,
             "stop": self._stop,
             "attach": self._attach,
-            "unwrap": self._unwrap_first,
+            "unwrap": self._unwrap_late,
+            "reports": self._tell_reports,
             "audit": audit.verb_audit,
             "shred": self._shred_volume,
             **Recording(self._keyring, records, self._attached).verbs,
@@ -150,9 +159,11 @@ class Service:
     def is_slow(self, request: Request) -> bool:
         """Whether `answer_slow` must be awaited for this request rather than `answer` called."""
         if request.verb == "unwrap":
-            # Only the first one: its answer needs the volume's freshness record, which is on disk yet.
             volume_id = request.args.get("volume_id")
-            return type(volume_id) is bytes and self._keyring.holds(volume_id) and self._records.get(volume_id) is None
+            if type(volume_id) is not bytes or not self._keyring.holds(volume_id):
+                return False
+            # The first one needs the volume's freshness record, which is on disk yet; others only if there is a limit.
+            return self._records.get(volume_id) is None or self._is_limited(volume_id)
         return request.verb in self._slow
 
     def answer(self, peer: Peer, request: Request) -> bytes:
@@ -256,7 +267,7 @@ class Service:
                     # Durable before the volume is: no volume may need a secret that a crash took.
                     await trio.to_thread.run_sync(self._shred.put, unlocked.volume.volume_id, shred.view())
         await self._on_record(peer, "create", unlocked, {})
-        self._hold(unlocked, b"", Terms(new.policy.for_s, new.policy.idle_s))
+        self._hold(unlocked, b"", Terms())
         return {"volume": unlocked.data}
 
     def _new_shred_secret(self, new: NewVolume, given: bytes) -> Secret | None:
@@ -291,10 +302,10 @@ class Service:
             unlocked = await self._with_secret(
                 secret, shred, lambda: unlock_volume(data, key, self._providers, shred), limit
             )
-        policy = unlocked.volume.policy
-        terms = Terms(policy.for_s if for_s is None else for_s, policy.idle_s if idle_s is None else idle_s)
+        terms = Terms(for_s, idle_s)
+        counts = terms.before(terms_of(unlocked.volume.policy))
         said: dict[str, str | int | bool] = {"cipher-dir": os.fsdecode(cipher_dir), "failures-before": failures}
-        said |= {name: s for name, s in (("for-s", terms.for_s), ("idle-s", terms.idle_s)) if s is not None}
+        said |= {name: s for name, s in (("for-s", counts.for_s), ("idle-s", counts.idle_s)) if s is not None}
         await self._on_record(peer, "unlock", unlocked, said)
         self._hold(unlocked, cipher_dir, terms)
         return {"volume_id": unlocked.volume.volume_id, "kek_version": unlocked.volume.kek_version}
@@ -357,6 +368,7 @@ class Service:
         self._cipher_dirs[volume.volume_id] = cipher_dir
         self.locks.held(volume.volume_id, terms)
         self.reverifier.held(volume.volume_id, unlocked.standing, volume.policy.reverify_s)
+        self.policies.learn(volume.volume_id, volume.serial, volume.policy)
         log.info("volume %s is unlocked", volume.volume_id.hex())
         attachment = self._attached.get(volume.volume_id)
         if attachment is not None:
@@ -383,6 +395,7 @@ class Service:
         was_unlocked = self._keyring.forget(volume_id)
         self.locks.forgotten(volume_id)
         self.reverifier.forgotten(volume_id)
+        self.policies.forgotten(volume_id)
         self._cipher_dirs.pop(volume_id, None)
         attachment = self._attached.get(volume_id)
         if was_unlocked:
@@ -430,7 +443,8 @@ class Service:
             raise RolledBack("the volume file is older than this machine has seen it")
         self._attached[volume_id] = attachment
         self._kept.discard(volume_id)
-        return {"kek_version": attachment.kek_version}
+        self.policies.learn(volume_id, attachment.serial, attachment.policy)
+        return {"kek_version": attachment.kek_version, **self.policies.told(volume_id)}
 
     def _attachment(self, peer: Peer, args: Args) -> tuple[bytes, Attachment]:
         arg.expect(args, "volume_id", "cipher_dir", "mountpoint", "volume")
@@ -444,7 +458,7 @@ class Service:
         other = self._attached.get(volume_id)
         if other is not None and other.peer is not peer:
             raise VolumeBusy(f"the volume is mounted already, by process {other.peer.pid}")
-        return volume_id, Attachment(peer, cipher_dir, mountpoint, volume.serial, volume.kek_version)
+        return volume_id, Attachment(peer, cipher_dir, mountpoint, volume.serial, volume.kek_version, volume.policy)
 
     def _detach(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "keep")
@@ -468,6 +482,7 @@ class Service:
     def _unattach(self, volume_id: bytes, *, keep: bool) -> None:
         """The volume's daemon is done: forget the KEK, unless it or the user (the verb `keep`) says otherwise."""
         attachment = self._attached.pop(volume_id)
+        self._reports.gone(volume_id)
         if (not keep and volume_id not in self._kept) or volume_id in self.locks:
             self._forget(volume_id)
         elif self._keyring.holds(volume_id):
@@ -495,16 +510,31 @@ class Service:
         kek_version, kits = self._keyring.kits(volume_id, directory=directory, count=count, deks=deks)
         return {"kek_version": kek_version, "kits": kits}
 
-    async def _unwrap_first(self, peer: Peer, args: Args) -> dict[str, Any]:
-        volume_id = arg.get_id(args, "volume_id")
-        await self._records.opened(volume_id)
+    def _is_limited(self, volume_id: bytes) -> bool:
+        return self.limits.must_wait(volume_id) and volume_id not in self.locks
+
+    async def _unwrap_late(self, peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "items")
+        volume_id, items = arg.get_id(args, "volume_id"), arg.get_items(args, "items")
         if not self.locks.serves(volume_id, peer):
             raise VolumeLocked("the volume is being locked")
-        return self._unwrap(args)
+        self.locks.used(volume_id)
+        await self._records.opened(volume_id)
+        if self._is_limited(volume_id):
+            await self.limits.turn(volume_id, peer, items)
+        else:
+            self.limits.take(volume_id, items)
+        if not self.locks.serves(volume_id, peer):
+            raise VolumeLocked("the volume is being locked")
+        return self._unwrapped(volume_id, items)
 
     def _unwrap(self, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "items")
         volume_id, items = arg.get_id(args, "volume_id"), arg.get_items(args, "items")
+        self.limits.take(volume_id, items)
+        return self._unwrapped(volume_id, items)
+
+    def _unwrapped(self, volume_id: bytes, items: list[UnwrapItem]) -> dict[str, Any]:
         self.locks.used(volume_id)
         keys = self._keyring.unwrap(volume_id, items)
         record = self._records.get(volume_id)
@@ -519,6 +549,16 @@ class Service:
         self.locks.used(volume_id)
         kek_version, wrapped = self._keyring.rewrap(volume_id, items)
         return {"kek_version": kek_version, "wrapped": wrapped}
+
+    async def _tell_reports(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args)
+        reports = await self._reports.ask()
+        rows = []
+        for volume_id in sorted({*self._keyring.volume_ids, *reports}):
+            policy = self.policies.of(volume_id)
+            said = None if policy is None else policy.encode()
+            rows.append({"volume_id": volume_id, "policy": said, "report": reports.get(volume_id)})
+        return {"reports": rows}
 
     async def _stop(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args)

@@ -31,13 +31,15 @@ class MountOptions:
     max_age_s: float | None = None
     max_entries: int | None = None
     max_uses: int | None = None
-    no_cache: bool = False
+    caching: bool | None = None
     fuse_options: tuple[str, ...] = field(default=())
     force_owner: str | None = None
 
     def arguments(self) -> list[str]:
         """As the daemon's command line."""
-        words = [name for name, given in (("--read-only", self.read_only), ("--no-cache", self.no_cache)) if given]
+        words = ["--read-only"] if self.read_only else []
+        if self.caching is not None:
+            words.append("--cache" if self.caching else "--no-cache")
         for name, value in (
             ("--max-age", self.max_age_s),
             ("--max-entries", self.max_entries),
@@ -53,10 +55,11 @@ class MountOptions:
 
 def check(options: MountOptions) -> None:
     """That the daemon would take these options. Raises `UsageError`, before any key is brought in for nothing."""
+    from cryptfs.format.policy import NO_POLICY
     from cryptfs.fs.owner import owner_of
-    from cryptfs.keys.policy import MAX_AGE_DEFAULT_S, MAX_ENTRIES_DEFAULT, CachePolicy
+    from cryptfs.keys.policy import Overrides
 
-    CachePolicy(options.max_age_s or MAX_AGE_DEFAULT_S, options.max_entries or MAX_ENTRIES_DEFAULT, options.max_uses)
+    Overrides(options.max_age_s, options.max_entries, options.max_uses, options.caching).over(NO_POLICY)
     owner_of(options.force_owner)
     given = {word for group in options.fuse_options for word in group.split(",") if word}
     if unknown := sorted(given - FUSE_OPTIONS):

@@ -7,7 +7,7 @@ in start an agent. One that is just ending may close the door on us: connecting 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +16,8 @@ from cryptfs.cli import agent_process
 from cryptfs.errors import AgentUnavailable
 
 if TYPE_CHECKING:
+    from cryptfs.format.policy import Policy
+    from cryptfs.keys.agent_answers import Report
     from cryptfs.keys.agent_client import AgentClient, LockOutcome, VolumeStatus
     from cryptfs.keys.audit_requests import About
     from cryptfs.keys.edit_requests import VolumeWish
@@ -79,6 +81,15 @@ def held() -> Sequence[VolumeStatus]:
     from cryptfs.keys.agent_answers import get_volumes
 
     return plain_agent.ask("status", {}, get_volumes, ())
+
+
+def reports() -> Mapping[bytes, tuple[Policy | None, Report | None]]:
+    """Of each volume that is unlocked or mounted: its policy, and what its daemon says of its cache."""
+    from cryptfs.cli import plain_agent
+    from cryptfs.keys.agent_answers import get_reports
+
+    nobody: Mapping[bytes, tuple[Policy | None, Report | None]] = {}
+    return plain_agent.ask("reports", {}, get_reports, nobody)
 
 
 def pid() -> int | None:

@@ -32,6 +32,7 @@ _VERBS = {
     "unlock": "cryptfs.cli.unlock:unlock",
     "lock": "cryptfs.cli.lock:lock",
     "status": "cryptfs.cli.status:status",
+    "policy": "cryptfs.cli.policy:policy",
     "info": "cryptfs.cli.info:info",
     "protector": "cryptfs.cli.protector:protector",
     "check": "cryptfs.cli.check:check",

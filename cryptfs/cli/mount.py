@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     "--max-age",
     metavar="S",
     type=click.FloatRange(min=0, min_open=True, max=7 * 86400),
-    help="Seconds a block's key may stay with the daemon (default 60, at most 7 days).",
+    help="Seconds a block's key may stay with the daemon (at most 7 days), whatever the volume's policy says.",
 )
 @click.option(
     "--max-entries", metavar="N", type=click.IntRange(min=1024), help="Most keys the daemon may hold (at least 1024)."
 )
 @click.option("--max-uses", metavar="N", type=click.IntRange(min=1), help="Uses after which a key is asked for again.")
-@click.option("--no-cache", is_flag=True, help="Ask the agent for every key every time.")
+@click.option("--cache/--no-cache", "caching", default=None, help="Whether a key may serve more than one request.")
 @protectors.options
 def mount(  # noqa: PLR0913  one parameter per option
     dir: Path,  # noqa: A002
@@ -53,13 +53,13 @@ def mount(  # noqa: PLR0913  one parameter per option
     max_age: float | None,
     max_entries: int | None,
     max_uses: int | None,
-    no_cache: bool,
+    caching: bool | None,
     given: Given,
 ) -> int:
     """Mount the volume DIR on the empty directory MOUNTPOINT, unlocking it if needed."""
     from cryptfs.cli.daemon_process import MountOptions
 
-    options = MountOptions(read_only, max_age, max_entries, max_uses, no_cache, fuse_options, force_owner)
+    options = MountOptions(read_only, max_age, max_entries, max_uses, caching, fuse_options, force_owner)
     return _mount(dir, mountpoint, options, given, foreground=foreground)
 
 

@@ -29,8 +29,26 @@ def status(*, as_json: bool) -> None:
             for volume in volumes
         ]
         ui.table(["volume", "state", "directory", "mount point", "process"], rows)
+        for volume in volumes:
+            if volume["cache"] is not None:
+                ui.out(f"{(volume['volume_id'] or 'unknown')[:8]}: {_cache_line(volume)}")
     else:
         ui.note("no volume is unlocked or mounted")
+
+
+def _cache_line(volume: dict[str, Any]) -> str:
+    cache = volume["cache"]
+    line = (
+        f"{cache['entries']} keys in the cache; {cache['hits']} hits, {cache['misses']} misses, "
+        f"{cache['unwraps']} unwrapped, {cache['expiries']} expired, {cache['evictions']} pushed out, "
+        f"{cache['round_trips']} round trips"
+    )
+    if volume["overridden"]:
+        from cryptfs.cli.policy import LABELS, shown
+
+        said = [f"{LABELS[name]} {shown(name, volume['policy'][name])}" for name in volume["overridden"]]
+        line += f"; {', '.join(said)} by the mount's options"
+    return line
 
 
 def _volumes() -> list[dict[str, Any]]:
@@ -61,7 +79,23 @@ def _volumes() -> list[dict[str, Any]]:
             row = {"volume_id": volume_id, "state": "locked", "locks_in_s": None}
             volumes.append(row)
         row |= {"cipher_dir": str(daemon.cipher_dir), "mountpoint": str(daemon.mountpoint), "daemon_pid": daemon.pid}
+    _add_reports(volumes)
     return volumes
+
+
+def _add_reports(volumes: list[dict[str, Any]]) -> None:
+    """What the agent and the daemons say of policies and caches."""
+    from cryptfs.cli import key_agent
+    from cryptfs.cli.policy import effective
+    from cryptfs.format.policy import NO_POLICY
+
+    reports = key_agent.reports() if volumes else {}
+    for volume in volumes:
+        policy, report = reports.get(bytes.fromhex(volume["volume_id"] or ""), (None, None))
+        known = policy is not None or report is not None
+        volume["policy"] = effective(policy or NO_POLICY, report) if known else None
+        volume["overridden"] = list(report.overridden) if report is not None else []
+        volume["cache"] = dict(report.cache) if report is not None else None
 
 
 def _volume_id(cipher_dir: Path) -> str | None:

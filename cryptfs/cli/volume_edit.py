@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def opened(cipher_dir: Path, given: Given, check: Callable[[Volume], None]) -> Iterator[Volume]:
+def opened(cipher_dir: Path, given: Given, check: Callable[[Volume], object]) -> Iterator[Volume]:
     """The volume, unlocked; if it was locked before it is so again afterwards.
 
     `check` sees it first, so that what cannot be done is said before any secret is asked for. Raises what that and

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptfs.errors import UsageError
+from cryptfs.format.policy import NO_POLICY
 from cryptfs.fs.owner import owner_of
-from cryptfs.keys.policy import MAX_AGE_DEFAULT_S, MAX_ENTRIES_DEFAULT, CachePolicy
+from cryptfs.keys.policy import Overrides
 
 FUSE_OPTIONS = frozenset(
     {
@@ -30,7 +31,7 @@ class DaemonArgs:
     ready_fd: int | None
     log_file: Path | None
     read_only: bool
-    policy: CachePolicy
+    overrides: Overrides
     fuse_options: frozenset[str]
     force_owner: tuple[int, int] | None = None
 
@@ -45,10 +46,12 @@ def parse(argv: Sequence[str]) -> DaemonArgs:
     parser.add_argument("--log-file", type=Path)
     parser.add_argument("--foreground", action="store_true")
     parser.add_argument("--read-only", action="store_true")
-    parser.add_argument("--max-age", type=float, default=MAX_AGE_DEFAULT_S)
-    parser.add_argument("--max-entries", type=int, default=MAX_ENTRIES_DEFAULT)
+    parser.add_argument("--max-age", type=float)
+    parser.add_argument("--max-entries", type=int)
     parser.add_argument("--max-uses", type=int)
-    parser.add_argument("--no-cache", action="store_true")
+    caching = parser.add_mutually_exclusive_group()
+    caching.add_argument("--cache", dest="caching", action="store_true", default=None)
+    caching.add_argument("--no-cache", dest="caching", action="store_false", default=None)
     parser.add_argument("--force-owner")
     parser.add_argument("-o", dest="options", action="append", default=[])
     given = parser.parse_args(argv)
@@ -56,9 +59,10 @@ def parse(argv: Sequence[str]) -> DaemonArgs:
     unknown = options - FUSE_OPTIONS - _OURS
     if unknown:
         raise UsageError(f"unknown mount option: {min(unknown)}")
-    policy = CachePolicy(given.max_age, given.max_entries, given.max_uses, caching=not given.no_cache)
+    overrides = Overrides(given.max_age, given.max_entries, given.max_uses, given.caching)
+    overrides.over(NO_POLICY)
     return DaemonArgs(
         given.cipher_dir, given.mountpoint, given.agent_socket, given.ready_fd, given.log_file,
-        given.read_only or "ro" in options, policy, frozenset(options & FUSE_OPTIONS),
+        given.read_only or "ro" in options, overrides, frozenset(options & FUSE_OPTIONS),
         owner_of(given.force_owner),
     )  # fmt: skip

@@ -22,13 +22,13 @@ from typing import Any
 
 import trio
 
+from cryptfs.daemon.policies import Policies
 from cryptfs.errors import CryptfsError
 from cryptfs.fs.volume import Volume
-from cryptfs.fuse.gate import Gate
+from cryptfs.fuse.gate import NAMES_MAX_S, Gate
 from cryptfs.fuse.session import FuseSession
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.link import AgentLink
-from cryptfs.keys.policy import SWEEP_INTERVAL_S, CachePolicy
 
 log = logging.getLogger("cryptfs")
 
@@ -53,10 +53,10 @@ class State(enum.Enum):
 class Locking:
     """One per mount. `on_event` is the link's; run `serve` beside the mount."""
 
-    def __init__(self, gate: Gate, policy: CachePolicy) -> None:
+    def __init__(self, gate: Gate, policies: Policies) -> None:
         self.state = State.OPEN
         self._gate = gate
-        self._policy = policy
+        self._policies = policies
         self._send, self._events = trio.open_memory_channel[tuple[str, Mapping[str, Any]]](math.inf)
         self._adrift_until = math.inf
         self._refused_send, self._refused = trio.open_memory_channel[tuple[int, int, int]](math.inf)
@@ -69,8 +69,8 @@ class Locking:
 
     def _lost(self) -> None:
         if self.state is State.OPEN:
-            age_s = self._policy.max_age_s if self._policy.caching else SWEEP_INTERVAL_S
-            self.state, self._adrift_until = State.ADRIFT, trio.current_time() + age_s
+            self.state = State.ADRIFT
+            self._adrift_until = trio.current_time() + self._policies.now.lifetime_s
 
     def _short(self) -> None:
         """A write could not have its key."""
@@ -85,7 +85,8 @@ class Locking:
         gate.on_knock, gate.on_short = self._knock, self._short
         gate.on_refused = lambda *where: self._refused_send.send_nowait(where)
         if not session.expires_names():
-            gate.entry_timeout_s = min(gate.entry_timeout_s, self._policy.max_age_s)
+            self._policies.on_change = self._bound_names
+            self._bound_names()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._drop_refused)
@@ -105,6 +106,10 @@ class Locking:
                     self._drift()
                 elif kind in ("back", "unlocked"):
                     await self._reopen()
+
+    def _bound_names(self) -> None:
+        """Where the kernel cannot be told to forget names, it must not believe them for longer than a key may stay."""
+        self._gate.entry_timeout_s = min(NAMES_MAX_S, self._policies.now.max_age_s)
 
     # without the agent -----------------------------------------------------------------------------------------
 

@@ -12,14 +12,16 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import trio
 import trio.lowlevel
 
 from cryptfs.daemon.args import DaemonArgs, parse
 from cryptfs.daemon.locking import Locking
+from cryptfs.daemon.policies import Policies
 from cryptfs.daemon.process import harden, open_log, say
 from cryptfs.errors import CryptfsError, NotAVolume, StoreFailed, VolumeBusy
 from cryptfs.fs.volume import Volume, open_volume
@@ -90,13 +92,21 @@ async def _serve(args: DaemonArgs) -> bool:
     clean = True
     async with trio.open_nursery() as nursery:
         gate = Gate()
-        locking = Locking(gate, args.policy)
+        policies = Policies(args.overrides)
+        locking = Locking(gate, policies)
+
+        def on_event(kind: str, event: Mapping[str, Any]) -> None:
+            if not policies.on_event(kind, event):
+                locking.on_event(kind, event)
+
         mounted = Mounted(config.volume_id, str(args.cipher_dir), str(args.mountpoint), read_volume)
-        link = AgentLink(nursery, args.agent_socket, mounted, locking.on_event)
-        keys = KeyCache(link, args.policy, clock)
+        link = AgentLink(nursery, args.agent_socket, mounted, on_event)
+        keys = KeyCache(link, policies.now, clock)
+        policies.rule(keys)
         try:
             await _attach(link)
             nursery.start_soon(keys.serve)
+            nursery.start_soon(policies.serve, link)
             volume = await open_volume(config, store, keys, clock, os.urandom, read_only=args.read_only)
             session = FuseSession(
                 volume, gate, source=args.cipher_dir, mountpoint=args.mountpoint, options=args.fuse_options,

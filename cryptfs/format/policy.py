@@ -25,6 +25,9 @@ BOUNDS: Mapping[str, tuple[int, int]] = MappingProxyType(
 """Least and most of each field, seconds where the name ends in `_s`."""
 
 
+REVERIFY_DEFAULT_S = 60
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What the owner set for a volume; None: not set, so the program's default holds.

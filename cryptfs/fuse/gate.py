@@ -8,6 +8,9 @@ import trio
 
 from cryptfs.errors import VolumeLocked
 
+NAMES_MAX_S = 3600.0
+"""How long the kernel may believe a name if nothing asks for less."""
+
 
 class Gate:
     """One per mount. Open until `close`; nothing here awaits but `knock` and `keys_back`.
@@ -21,7 +24,7 @@ class Gate:
     def __init__(self) -> None:
         self.closed = False
         self.refusing = False
-        self.entry_timeout_s = 3600.0
+        self.entry_timeout_s = NAMES_MAX_S
         self._changed = trio.Event()
         self.on_knock: Callable[[], Awaitable[None]] | None = None
         """Called before a request is refused: keys may be there again."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cryptfs.errors import ProtocolError
+from cryptfs.errors import ProtocolError, UnsupportedFormat, VolumeDamaged
+from cryptfs.format.policy import Policy, parse_policy
 from cryptfs.types import DELETED, ID_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
 
 Kit = tuple[bytes, bytes, bytes, bytes, bytes, bytes, bytes]
@@ -47,6 +48,32 @@ class AgentStatus:
     pid: int
     exit_when_empty: bool
     volumes: tuple[VolumeStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What a daemon is told when it attaches: `serial` is that of the `volume` file the policy is from."""
+
+    kek_version: int
+    serial: int
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a mount's daemon says of its cache.
+
+    `cache`: its counters, and `entries` now. `policy`: what it obeys (`caching` 0 or 1, `max_age_ms`, `max_entries`,
+    `max_uses`), the policy's fields in `overridden` on the word of the mount's options.
+    """
+
+    cache: Mapping[str, int]
+    policy: Mapping[str, int | None]
+    overridden: tuple[str, ...]
+
+
+CACHE_COUNTERS = ("hits", "misses", "unwraps", "expiries", "evictions", "round_trips", "entries")
+CACHE_POLICY = ("caching", "max_age_ms", "max_entries", "max_uses")
 
 
 def fits(keys: bytes, item: tuple[bytes, str, int, bytes, int]) -> bool:
@@ -139,3 +166,46 @@ def get_volume_status(row: object) -> VolumeStatus:
         daemon_pid=daemon_pid,
         locks_in_s=None if row.get("locks_in_s") is None else get_int(row, "locks_in_s"),
     )
+
+
+def get_policy(result: Mapping[str, Any]) -> Policy:
+    """A policy. Raises `ProtocolError` for anything else."""
+    try:
+        return parse_policy(result.get("policy"))
+    except (UnsupportedFormat, VolumeDamaged) as error:
+        raise ProtocolError(f"policy: {error}") from None
+
+
+def get_attached(result: Mapping[str, Any]) -> Attached:
+    """The result of `attach`. Raises `ProtocolError` for anything else."""
+    return Attached(get_int(result, "kek_version"), get_int(result, "serial"), get_policy(result))
+
+
+def get_reports(result: Mapping[str, Any]) -> Mapping[bytes, tuple[Policy | None, Report | None]]:
+    """The result of `reports`, by volume: its policy, None if it is locked; its daemon's report, None without answer.
+
+    Raises `ProtocolError` for anything else.
+    """
+    rows = result.get("reports")
+    if not isinstance(rows, list) or any(type(row) is not dict for row in rows):
+        raise ProtocolError("reports is no array of maps")
+    return {
+        get_bin(row, "volume_id", ID_BYTES): (
+            None if row.get("policy") is None else get_policy(row),
+            None if row.get("report") is None else _report(row["report"]),
+        )
+        for row in rows
+    }
+
+
+def _report(row: object) -> Report:
+    if not isinstance(row, dict):
+        raise ProtocolError("a report is no map")
+    cache, policy, overridden = row.get("cache"), row.get("policy"), row.get("overridden")
+    if type(cache) is not dict or type(policy) is not dict or type(overridden) is not list:
+        raise ProtocolError("a report lacks a part")
+    if any(type(cache.get(name)) is not int for name in CACHE_COUNTERS):
+        raise ProtocolError("a report lacks a counter")
+    if any(type(policy.get(name)) not in (int, type(None)) for name in CACHE_POLICY):
+        raise ProtocolError("a report lacks a part of the policy")
+    return Report(cache, policy, tuple(overridden))

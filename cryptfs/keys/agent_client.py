@@ -39,10 +39,12 @@ from cryptfs.errors import (
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Answer, AnswerDecoder, Failure, Push, Reply, encode_request
 from cryptfs.keys.agent_answers import (
     AgentStatus,
+    Attached,
     Kit,
     LockOutcome,
     VolumeStatus,
     fits,
+    get_attached,
     get_bin,
     get_bool,
     get_floors,
@@ -187,7 +189,11 @@ class AgentClient:
 
     def _take(self, answer: Answer) -> None:
         if isinstance(answer, Push):
-            if self._on_push is not None:
+            if answer.event.get("event") == "waiting":
+                # Its rate limit holds requests up; that it says so is the sign of life they would be.
+                for each in self._waiting.values():
+                    each.ticks_left = max(each.ticks_left, PATIENCE_TICKS)
+            elif self._on_push is not None:
                 self._on_push(answer.event)
             return
         entry = self._waiting.pop(answer.request_id, None)
@@ -339,8 +345,8 @@ class AgentClient:
         with self.rubbish_is_loss():
             return AgentStatus(get_int(result, "pid"), get_bool(result, "exit_when_empty"), get_volumes(result))
 
-    async def attach(self, *, volume_id: bytes, cipher_dir: str, mountpoint: str, volume: bytes) -> int:
-        """Make this connection the volume's daemon; the KEK version. When the connection ends, the KEK is forgotten.
+    async def attach(self, *, volume_id: bytes, cipher_dir: str, mountpoint: str, volume: bytes) -> Attached:
+        """Make this connection the volume's daemon. When the connection ends, the KEK is forgotten.
 
         Raises `VolumeLocked`, `VolumeDamaged` (the file's MAC does not match), `RolledBack` (an older file than was
         seen), `FreshnessUnavailable`, or `VolumeBusy` (another daemon is attached).
@@ -353,7 +359,7 @@ class AgentClient:
         }
         result = await self.request("attach", args)
         with self.rubbish_is_loss():
-            return get_int(result, "kek_version")
+            return get_attached(result)
 
     async def detach(self, volume_id: bytes, *, keep: bool) -> None:
         """The reverse of `attach`: afterwards the connection's end means nothing; the KEK stays held only if `keep`."""

@@ -75,13 +75,18 @@ class Upstream(Protocol):
 
 @dataclass(slots=True)
 class CacheStatistics:
-    """Counters since the mount."""
+    """Keys counted since the mount, and `round_trips` to the agent for keys.
+
+    `hits` and `misses`: wanted, and at hand or not; `unwraps`: had from the agent, those brought ahead too; `expiries`:
+    overwritten as their age or uses were up; `evictions`: as there were too many.
+    """
 
     hits: int = 0
     misses: int = 0
     unwraps: int = 0
-    round_trips: int = 0
     expiries: int = 0
+    evictions: int = 0
+    round_trips: int = 0
 
 
 @dataclass(slots=True)
@@ -89,11 +94,14 @@ class _Batch:
     """Keys that came together. `buffer` is the only copy this process keeps on purpose."""
 
     buffer: bytearray
+    born: float
     deadline: float
     wraps: list[bytes]
     stocks: list[FreshKeys] = field(default_factory=list)
     logs: list[bytes] = field(default_factory=list)
     """Logs whose floors came with it."""
+    used_up: int = 0
+    """Keys that were overwritten before their time."""
 
 
 @dataclass(slots=True)
@@ -111,6 +119,7 @@ class KeyCache:
 
     def __init__(self, upstream: Upstream, policy: CachePolicy, clock: Clock) -> None:
         self.policy = policy
+        """To be changed by `set_policy`."""
         self.statistics = CacheStatistics()
         self._upstream = upstream
         self._monotonic = clock.monotonic
@@ -139,13 +148,12 @@ class KeyCache:
         if slot is None:
             return None
         if slot.batch.deadline <= self._monotonic():
-            self._wipe(slot.batch)
+            self.statistics.expiries += self._wipe(slot.batch)
             return None
         limit = self.policy.max_uses
         if limit is not None:
             if slot.uses >= limit:
-                del self._slots[wrapped]
-                slot.view[:] = bytes(len(slot.view))
+                self._use_up(wrapped, slot)
                 return None
             slot.uses += 1
         self.statistics.hits += 1
@@ -214,9 +222,8 @@ class KeyCache:
                 (run.log_id, run.purpose.value, run.kek_version, b"".join(wraps), run.first_block)
                 for run, wraps in wanted
             ]
-            count = sum(len(wraps) for _, wraps in wanted)
-            self.statistics.misses += count
-            self.statistics.unwraps += count
+            # What is brought ahead was not missed.
+            self.statistics.misses += strict * sum(len(wraps) for _, wraps in wanted)
             self.statistics.round_trips += 1
             answers, floors = await self._upstream.unwrap(items)
         finally:
@@ -236,6 +243,7 @@ class KeyCache:
             clear.append(answer)
             flat += wraps
             widths += [width] * len(wraps)
+        self.statistics.unwraps += len(flat)
         views, batch = self._store(bytearray().join(clear), flat, widths)
         for (run, _), floor in zip(wanted, floors, strict=True):
             if run.purpose in _LOG_PURPOSES:
@@ -428,8 +436,7 @@ class KeyCache:
         self._check_open()
         now = self._monotonic()
         caching = self.policy.caching
-        age_s = self.policy.max_age_s if caching else min(self.policy.max_age_s, SWEEP_INTERVAL_S)
-        batch = _Batch(clear, now + age_s, list(wraps))
+        batch = _Batch(clear, now, now + self.policy.lifetime_s, list(wraps))
         view = memoryview(batch.buffer)
         views: dict[bytes, memoryview] = {}
         at = 0
@@ -445,12 +452,21 @@ class KeyCache:
 
     def _make_room(self) -> None:
         while len(self._slots) > self.policy.max_entries and self._batches:
-            self._wipe(self._batches.popleft())
+            self.statistics.evictions += self._wipe(self._batches.popleft())
 
-    def _wipe(self, batch: _Batch) -> None:
-        """Overwrite a batch and forget it. Views that are still held read zeros from now on, and stocks say so."""
+    def _use_up(self, wrapped: bytes, slot: _Slot) -> None:
+        del self._slots[wrapped]
+        slot.view[:] = bytes(len(slot.view))
+        slot.batch.used_up += 1
+        self.statistics.expiries += 1
+
+    def _wipe(self, batch: _Batch) -> int:
+        """Overwrite a batch and forget it; how many keys that were.
+
+        Views that are still held read zeros from now on, and stocks say so.
+        """
         if batch.deadline == float("-inf"):
-            return
+            return 0
         batch.buffer[:] = bytes(len(batch.buffer))
         for stock in batch.stocks:
             stock.wiped = True
@@ -461,15 +477,34 @@ class KeyCache:
         for log_id in batch.logs:
             if self._floors.get(log_id, (0, None))[1] is batch:
                 del self._floors[log_id]
-        self.statistics.expiries += len(batch.wraps)
-        batch.wraps = []
+        count, batch.wraps = len(batch.wraps) - batch.used_up, []
         batch.deadline = float("-inf")
+        return count
 
     def sweep(self) -> None:
         """Overwrite everything whose time is up."""
         now = self._monotonic()
         while self._batches and (self._batches[0].deadline <= now):
-            self._wipe(self._batches.popleft())
+            self.statistics.expiries += self._wipe(self._batches.popleft())
+
+    def set_policy(self, policy: CachePolicy) -> None:
+        """Obey another policy from now on: what it does not allow is overwritten at once. No deadline moves back.
+
+        Under a new limit of uses, keys that came without one have had none.
+        """
+        self.policy = policy
+        if not policy.caching:
+            self.wipe()
+            return
+        for batch in self._batches:
+            # In order of arrival they stay in order of deadline: every policy in force so far counts for the older one.
+            batch.deadline = min(batch.deadline, batch.born + policy.lifetime_s)
+        self.sweep()
+        self._make_room()
+        if policy.max_uses is not None:
+            for wrapped, slot in list(self._slots.items()):
+                if slot.uses >= policy.max_uses:
+                    self._use_up(wrapped, slot)
 
     def wipe(self) -> None:
         """Overwrite everything."""

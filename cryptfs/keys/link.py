@@ -31,7 +31,8 @@ class AgentLink(VolumeRequests):
     """The agent's connection of one mounted volume. `nursery` runs the connection's tasks.
 
     `on_event` is called, between two awaits, with what the agent pushes about the volume (`locking`, `locked`,
-    `unlocked`: docs/AGENT_PROTOCOL.md), with `gone` when the connection is lost, with `back` when there is one again.
+    `unlocked`, `policy`, `report`: docs/AGENT_PROTOCOL.md), `policy` when attached too, with `gone` when the connection
+    is lost, with `back` when there is one again.
     """
 
     def __init__(
@@ -65,6 +66,16 @@ class AgentLink(VolumeRequests):
         if self._client is not None:
             await self._client.locked(self._mounted.volume_id, unwritten)
 
+    async def report(self, cache: Mapping[str, int], policy: Mapping[str, int | None], overridden: list[str]) -> None:
+        """Answer the agent's `report`. Raises what `AgentClient.request` raises."""
+        if self._client is not None:
+            await self._client.request(
+                "report",
+                {
+                    "volume_id": self._mounted.volume_id, "cache": cache, "policy": policy, "overridden": overridden,
+                },
+            )  # fmt: skip
+
     def interrupt(self) -> None:
         """Have requests that wait for the agent fail now."""
         if self._client is not None:
@@ -72,10 +83,11 @@ class AgentLink(VolumeRequests):
 
     async def _attach(self, client: AgentClient) -> None:
         mounted = self._mounted
-        await client.attach(
+        attached = await client.attach(
             volume_id=mounted.volume_id, cipher_dir=mounted.cipher_dir, mountpoint=mounted.mountpoint,
             volume=mounted.read_volume(),
         )  # fmt: skip
+        self._on_event("policy", {"serial": attached.serial, "policy": attached.policy.encode()})
 
     async def detach(self, *, keep: bool = False) -> None:
         """Leave the agent: it forgets the KEK unless told to keep it. Never raises."""

@@ -87,7 +87,7 @@ async def test_the_daemon_is_told_of_a_committed_file(serve_here: ServeHere) -> 
             await edits.commit(client, volume_id, changed)
             with trio.fail_after(5):
                 await told.wait()
-            assert events == ["changed"]
+            assert events == ["changed", "policy"]
             await daemon.detach(volume_id, keep=True)
 
 

@@ -42,7 +42,7 @@ async def create(client: AgentClient, secret: bytes = b"right") -> tuple[bytes, 
 
 
 async def attach(client: AgentClient, volume_id: bytes, data: bytes) -> int:
-    return await client.attach(volume_id=volume_id, cipher_dir="/c", mountpoint="/m", volume=data)
+    return (await client.attach(volume_id=volume_id, cipher_dir="/c", mountpoint="/m", volume=data)).kek_version
 
 
 async def test_a_volume_through_its_life(serve_here: ServeHere) -> None:

@@ -23,6 +23,10 @@ from tests.processes import processes_with
 
 TIMEOUT_S = 90.0
 PASSPHRASE = "correct horse battery staple 7"
+DEFAULT_POLICY: dict[str, bool | float | None] = {
+    "caching": True, "max_age_s": 60, "max_entries": 262144, "max_uses": None, "idle_s": None, "for_s": None,
+    "reverify_s": 60, "unwraps_per_s": None,
+}  # fmt: skip
 
 
 @dataclass

@@ -17,7 +17,7 @@ import pytest
 from cryptfs import paths
 from cryptfs.cli import processes
 from cryptfs.cli.mounts import wait_until
-from tests.cli.conftest import PASSPHRASE, Cryptfs
+from tests.cli.conftest import DEFAULT_POLICY, PASSPHRASE, Cryptfs
 
 
 @contextmanager
@@ -48,6 +48,9 @@ def test_unlock_status_lock(cryptfs: Cryptfs, vault: Path) -> None:
             "state": "unlocked",
             "daemon_pid": None,
             "locks_in_s": None,
+            "policy": DEFAULT_POLICY,
+            "overridden": [],
+            "cache": None,
         }
     ]
     shown = cryptfs.run("status").stdout

@@ -11,6 +11,7 @@ from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.ports import DekProvider, FreshKeys, KeyRun
 from cryptfs.testing.clock import FakeClock
+from cryptfs.testing.fleeting import expiring
 from cryptfs.testing.keys import FakeDekProvider, FakeKek, FakeUpstream
 from cryptfs.testing.randomness import SeededRandom
 from cryptfs.types import DEK_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES, Purpose
@@ -175,6 +176,24 @@ async def test_when_their_time_is_up_keys_are_overwritten_and_stocks_say_so(prov
     assert not any(view)
     assert not any(any(key) for key in fresh.keys)
     assert fresh.wiped
+
+
+async def test_all_keys_of_one_call_are_good_together_also_if_none_lives_as_long_as_a_round_trip(
+    provider: Provider,
+) -> None:
+    pairs = [provider.known() for _ in range(6)]
+    key_runs = [KeyRun(LOG_ID, Purpose.BLOCK, 1, [w for _, w in pairs[at : at + 2]], at) for at in (0, 2, 4)]
+    with expiring(lambda: provider.clock.advance(MAX_AGE_S)):
+        for _ in range(3):
+            # Some are known, and expire while the others are asked for.
+            await provider.keys.unwrap([key_runs[1]])
+            got = await provider.keys.unwrap(key_runs)
+            assert [bytes(view) for run in got for view in run] == [key for key, _ in pairs]
+            fresh = await provider.keys.generate(LOG_ID, Purpose.BLOCK, 2)
+            assert not fresh.wiped
+            assert all(any(key) for key in fresh.keys)
+            kit = await provider.keys.make_kit(directory=True)
+            assert any(kit.log_key)
 
 
 @pytest.mark.parametrize("error", [AgentUnavailable("gone"), VolumeLocked("locked")])
