@@ -2,6 +2,6 @@
 
 import sys
 
-from cryptfs.cli.main import main
+from cryptfs.cli.entry import main
 
 sys.exit(main())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 
 from cryptfs.errors import NotPermitted
@@ -30,6 +29,8 @@ def runtime_dir() -> str:
         return private_dir(os.path.join(base, "cryptfs"))
     if os.geteuid() == 0:
         return private_dir("/run/cryptfs")
+    import tempfile  # noqa: PLC0415 - rarely needed, and as slow to import as everything else here together
+
     return private_dir(os.path.join(tempfile.gettempdir(), f"cryptfs-{os.geteuid()}"))
 
 

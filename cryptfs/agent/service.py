@@ -141,6 +141,7 @@ class Service:
             "create": self._create,
             "unlock": self._unlock,
             "lock": self._lock,
+            "lock-path": self._lock_path,
             "stop": self._stop,
             "attach": self._attach,
             "unwrap": self._unwrap_late,
@@ -379,6 +380,25 @@ class Service:
         arg.expect(args, "volume_id")
         outcome = await self.locks.lock(arg.get_id(args, "volume_id"), f"process {peer.pid} asked for it")
         return {"was_unlocked": outcome.was_unlocked, "unwritten": outcome.unwritten}
+
+    async def _lock_path(self, peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "path")
+        path = arg.get_path(args, "path")
+        if not path:
+            raise ProtocolError("path must not be empty")
+        volume_id = self._volume_at(path)
+        if volume_id is None:
+            return {"volume_id": None, "was_unlocked": False, "unwritten": 0}
+        outcome = await self.locks.lock(volume_id, f"process {peer.pid} asked for it")
+        return {"volume_id": volume_id, "was_unlocked": outcome.was_unlocked, "unwritten": outcome.unwritten}
+
+    def _volume_at(self, path: bytes) -> bytes | None:
+        """The volume mounted on `path`, else the one whose cipher directory it is, as far as we were told."""
+        for name in ("mountpoint", "cipher_dir"):
+            for volume_id, attachment in self._attached.items():
+                if getattr(attachment, name) == path:
+                    return volume_id
+        return next((volume_id for volume_id, at in self._cipher_dirs.items() if at == path), None)
 
     def _locked(self, peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "unwritten")

@@ -6,6 +6,7 @@ in start an agent. One that is just ending may close the door on us: connecting 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -151,11 +152,28 @@ def unlock(
     )  # fmt: skip
 
 
+@functools.cache
+def locked_ahead() -> tuple[bytes | None, LockOutcome]:
+    """Which volume was locked by what `lock_first` sent, and how that ended; None: none.
+
+    Which one the path means is still to be seen: the agent goes by what it was told when it got the key.
+    """
+    from cryptfs.cli import lock_first, plain_agent
+    from cryptfs.keys.agent_answers import LockOutcome, get_located_lock
+
+    nothing: tuple[bytes | None, LockOutcome] = None, LockOutcome(was_unlocked=False, unwritten=0)
+    sent = lock_first.pending()
+    return nothing if sent is None else plain_agent.answered(sent, get_located_lock, nothing)
+
+
 def lock(volume_id: bytes) -> LockOutcome:
     """Make daemon and agent forget every key of the volume; how that ended."""
     from cryptfs.cli import plain_agent
     from cryptfs.keys.agent_answers import LockOutcome, get_lock_outcome
 
+    ahead, outcome = locked_ahead()
+    if ahead == volume_id:
+        return outcome
     return plain_agent.ask("lock", {"volume_id": volume_id}, get_lock_outcome, LockOutcome(False, 0))
 
 

@@ -71,6 +71,10 @@ def _volume_id_of(path: Path) -> bytes:
     from cryptfs.ops.info import read_volume
 
     located = mounts.resolved(path)
+    ahead, _ = key_agent.locked_ahead()
+    if ahead is not None and mounts.mount_at(located) is not None:
+        # Nobody knows better by now, if the daemon ended with the lock.
+        return ahead
     if (held := key_agent.find_mounted_on(located)) is not None:
         return held.volume_id
     daemon = mounts.daemon_of_mount(located)

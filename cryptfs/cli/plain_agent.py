@@ -39,6 +39,16 @@ def ask(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], 
         raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
 
 
+def answered(sock: socket.socket, read: Callable[[Mapping[str, Any]], T], otherwise: T) -> T:
+    """The result of the one request that was sent on `sock`, which is closed; `otherwise` if there is no answer."""
+    with sock:
+        sock.settimeout(PATIENCE_S)
+        try:
+            return read(_answer(sock))
+        except (OSError, EOFError, CryptfsError):
+            return otherwise
+
+
 def _ask_once(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(PATIENCE_S)

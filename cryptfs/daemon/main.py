@@ -20,6 +20,7 @@ import trio
 import trio.lowlevel
 
 from cryptfs.daemon.args import DaemonArgs, parse
+from cryptfs.daemon.guarding import Guarding
 from cryptfs.daemon.locking import Locking
 from cryptfs.daemon.policies import Policies
 from cryptfs.daemon.process import harden, open_log, say
@@ -90,6 +91,7 @@ async def _serve(args: DaemonArgs) -> bool:
     clock = SystemClock()
     volume: Volume | None = None
     clean = True
+    guarding: Guarding | None = None
     async with trio.open_nursery() as nursery:
         gate = Gate()
         policies = Policies(args.overrides)
@@ -113,6 +115,8 @@ async def _serve(args: DaemonArgs) -> bool:
                 read_only=args.read_only, forced_owner=args.force_owner,
             )  # fmt: skip
             session.mount()
+            guarding = Guarding(session)
+            nursery.start_soon(guarding.serve)
             gc.collect()
             gc.freeze()
             # Requests make no reference cycles; scanning for them now and then is enough.
@@ -123,6 +127,8 @@ async def _serve(args: DaemonArgs) -> bool:
             nursery.start_soon(_announce, args, session)
             await session.run()
         finally:
+            if guarding is not None:
+                guarding.let_go()
             with trio.CancelScope(shield=True):
                 if volume is not None:
                     clean = await volume.close()

@@ -21,6 +21,7 @@ from cryptfs.fs.namespace import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse.errno_map import answered, guarded
 from cryptfs.fuse.gate import Gate
+from cryptfs.fuse.open_files import OpenFiles
 
 if TYPE_CHECKING:
     from pyfuse3 import (
@@ -77,10 +78,11 @@ class Operations(pyfuse3.Operations):
     enable_acl = True
     supports_dot_lookup = False
 
-    def __init__(self, volume: Volume, gate: Gate, forced: Owner | None = None) -> None:
+    def __init__(self, volume: Volume, gate: Gate, open_files: OpenFiles, forced: Owner | None = None) -> None:
         """`forced`: who everything belongs to as far as programs can see; what they make is the daemon's own below."""
         super().__init__()
         self.gate = gate
+        self._open_files = open_files
         self._forced = forced
         self._own = Owner(os.geteuid(), os.getegid())
         self._volume = volume
@@ -230,12 +232,14 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         parent = self._inodes.get(parent_inode)
         attr, _ = await self._names.create(parent, name, mode, self._owner(ctx))
+        self._open_files.opened(attr.inode.ino, writing=True)
         return _file_info(attr.inode.ino), self._counted(attr)
 
     @guarded
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         known, cut = self._inodes.get(inode), bool(flags & os.O_TRUNC)
-        file = await self._files.open(known, writing=cut or flags & os.O_ACCMODE != os.O_RDONLY)
+        writing = cut or flags & os.O_ACCMODE != os.O_RDONLY
+        file = await self._files.open(known, writing=writing)
         if cut:
             # The kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for): no setattr follows.
             try:
@@ -245,6 +249,7 @@ class Operations(pyfuse3.Operations):
             except BaseException:
                 await self._files.release(known)
                 raise
+        self._open_files.opened(inode, writing=writing)
         return _file_info(inode)
 
     @guarded
@@ -294,6 +299,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def release(self, fh: FileHandleT) -> None:
+        self._open_files.released(fh)
         await self._files.release(self._inodes.get(fh))
 
     # directories -----------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import logging
 import os
 import subprocess
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyfuse3
@@ -18,7 +21,8 @@ from cryptfs.fs.namespace import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse import loop
 from cryptfs.fuse.gate import Gate
-from cryptfs.fuse.notify import Notifier, fuse_descriptor
+from cryptfs.fuse.notify import WHOLE_FILE, Notifier, fuse_descriptor
+from cryptfs.fuse.open_files import OpenFiles
 from cryptfs.fuse.operations import Operations
 from cryptfs.types import Kind
 
@@ -26,9 +30,17 @@ log = logging.getLogger("cryptfs")
 
 _READ_AHEAD_KIB = 1024
 _STOP_S = 30.0
-_THREADS = 8
+_THREADS = 16
+"""They wait for the kernel, which waits for us where pages are dirty; those that do not must find a thread."""
+_PIECE_BYTES = 2 << 20
+"""What is behind a dirty page in the same piece waits for it."""
+_PIECES_MAX = 512
 _UNMOUNT_S = 600.0
 """umount waits while the kernel writes its dirty pages to this process, which goes on answering."""
+
+
+Piece = tuple[int, int, int]
+"""Inode number, offset, length (bytes, `WHOLE_FILE`: to the end)."""
 
 
 class FuseSession:
@@ -47,6 +59,7 @@ class FuseSession:
     ) -> None:
         self._volume = volume
         self.gate = gate
+        self.open_files = OpenFiles()
         self._forced = None if forced_owner is None else Owner(*forced_owner)
         self._notifier: Notifier | None = None
         self._threads = trio.CapacityLimiter(_THREADS)
@@ -63,10 +76,17 @@ class FuseSession:
             raise MissingDependency("/dev/fuse is missing: the kernel's FUSE module is not loaded")
         loop.install()
         try:
-            pyfuse3.init(Operations(self._volume, self.gate, self._forced), self._mountpoint, self._options)
+            operations = Operations(self._volume, self.gate, self.open_files, self._forced)
+            pyfuse3.init(operations, self._mountpoint, self._options)
         except RuntimeError as error:
             raise MountpointUnusable(f"mounting on {self._mountpoint} failed ({error})") from None
         self._notifier = Notifier(fuse_descriptor())
+
+    def clone(self) -> int:
+        """A descriptor of the mount's connection to the kernel with requests of its own. Raises OSError."""
+        if self._notifier is None:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return self._notifier.clone()
 
     async def answering(self) -> None:
         """Return once the mount has answered a request; `run` must be running."""
@@ -106,33 +126,44 @@ class FuseSession:
     async def drop_everything(self) -> None:
         """Have the kernel forget all names and content it knows; what was written and not fetched yet is fetched.
 
-        Names first, with all that hangs on them and is not in use; then files nobody writes; then the others. On
-        threads of their own, so that one that waits for a slow disk does not hold up the others. May be cancelled.
+        Everything at once, on threads of their own, as one that meets a dirty page waits until that is written: names,
+        with all that hangs on them and is not in use; open files in pieces, those that nobody writes first; then
+        files that only the kernel remembers. Meanwhile dirty pages are fetched in bulk: one by one, as dropping
+        fetches them, takes a hundred times as long. May be cancelled.
         """
-        names = await self._top_names()
-        await self._in_threads([functools.partial(self._drop_names, names)])
-        clean, dirty = self._by_dirtiness()
-        pieces = [clean[at::_THREADS] for at in range(_THREADS)]
-        await self._in_threads([functools.partial(self._drop_pages, piece) for piece in pieces if piece])
-        await self._in_threads([functools.partial(self._drop_pages, [ino]) for ino in dirty])
+        names = functools.partial(self._drop_names, await self._top_names())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sync_quietly)
+            nursery.start_soon(self._in_threads, [names])
+            nursery.start_soon(self._drop_files, self._pieces())
+
+    async def _sync_quietly(self) -> None:
+        # The mount point may be gone, the mount being detached: then every page is fetched by dropping it.
+        with suppress(OSError):
+            await self.sync()
 
     async def drop_files_in_use(self) -> None:
         """The same once more for the content of open files."""
-        clean, dirty = self._by_dirtiness(open_only=True)
-        await self._in_threads([functools.partial(self._drop_pages, [ino]) for ino in clean + dirty])
+        await self._drop_files(self._pieces(open_only=True))
 
     async def drop_range(self, ino: int, offset: int, length: int) -> None:
         """Have the kernel forget some pages."""
         if self._notifier is not None:
             await self._in_threads([functools.partial(_quietly, self._notifier.drop_pages, ino, offset, length)])
 
-    def _by_dirtiness(self, *, open_only: bool = False) -> tuple[list[int], list[int]]:
-        """Inode numbers of files: those without and those with something that no frame says yet; open ones first."""
-        files = [i for i in self._volume.inodes.all() if i.kind == Kind.FILE and (i.file is not None or not open_only)]
-        files.sort(key=lambda i: i.file is None)
-        dirty = [i.ino for i in files if i.file is not None and i.file.journal.needs_frame]
-        owing = set(dirty)
-        return [i.ino for i in files if i.ino not in owing], dirty
+    def _pieces(self, *, open_only: bool = False) -> deque[Piece]:
+        """What to drop, in order: open files, those not opened for writing first; then all others."""
+        opened = dict.fromkeys(self.open_files.inos())
+        sizes = ((ino, self._volume.inodes.find(ino)) for ino in opened)
+        pieces = deque(
+            piece
+            for ino, inode in sizes
+            for piece in _in_pieces(ino, 0 if inode is None or inode.file is None else inode.file.size)
+        )
+        if not open_only:
+            closed = (i.ino for i in self._volume.inodes.all() if i.kind == Kind.FILE and i.ino not in opened)
+            pieces.extend((ino, 0, WHOLE_FILE) for ino in closed)
+        return pieces
 
     async def _top_names(self) -> list[tuple[int, bytes]]:
         """What the kernel knows in the root: dropped, it takes along everything below that nobody uses.
@@ -151,12 +182,17 @@ class FuseSession:
             if self._notifier is not None:
                 _quietly(self._notifier.drop_name, parent, name)
 
-    def _drop_pages(self, inos: list[int]) -> None:
-        for ino in inos:
-            if self._notifier is not None:
-                _quietly(self._notifier.drop_pages, ino)
+    async def _drop_files(self, pieces: deque[Piece]) -> None:
+        """Each thread takes the next piece until there is none."""
+        await self._in_threads([functools.partial(self._drop_pages, pieces)] * min(_THREADS, len(pieces)))
 
-    async def _in_threads(self, calls: list[Callable[[], None]]) -> None:
+    def _drop_pages(self, pieces: deque[Piece]) -> None:
+        # Nothing else adds to it, and taking one is atomic.
+        with suppress(IndexError):
+            while self._notifier is not None:
+                _quietly(self._notifier.drop_pages, *pieces.popleft())
+
+    async def _in_threads(self, calls: Sequence[Callable[[], None]]) -> None:
         async def one(call: Callable[[], None]) -> None:
             await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
 
@@ -177,6 +213,14 @@ class FuseSession:
         if busy:
             log.warning("the mount is in use, detaching it")
             pyfuse3.terminate()
+
+
+def _in_pieces(ino: int, size: int) -> Iterator[Piece]:
+    """At most 512 pieces of at least 2 MiB each; the last one is open, as the kernel may know the file longer."""
+    step = max(_PIECE_BYTES, -(-size // _PIECES_MAX))
+    for offset in range(0, size - step, step):
+        yield ino, offset, step
+    yield ino, max(0, (size - 1) // step * step), WHOLE_FILE
 
 
 def _quietly(call: Callable[..., bool], *args: object) -> None:

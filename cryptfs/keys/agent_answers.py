@@ -141,6 +141,12 @@ def get_lock_outcome(result: Mapping[str, Any]) -> LockOutcome:
     return LockOutcome(get_bool(result, "was_unlocked"), unwritten)
 
 
+def get_located_lock(result: Mapping[str, Any]) -> tuple[bytes | None, LockOutcome]:
+    """The result of `lock-path`: which volume was meant, None if none. Raises `ProtocolError` for anything else."""
+    volume_id = None if result.get("volume_id") is None else get_bin(result, "volume_id", ID_BYTES)
+    return volume_id, get_lock_outcome(result)
+
+
 def get_volumes(result: Mapping[str, Any]) -> tuple[VolumeStatus, ...]:
     """The volumes of `status`. Raises `ProtocolError` for anything else."""
     rows = result.get("volumes")

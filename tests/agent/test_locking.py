@@ -13,7 +13,7 @@ import trio
 from cryptfs.agent.server import Server
 from cryptfs.errors import ProtocolError, VolumeLocked
 from cryptfs.format.volume import parse_volume
-from cryptfs.keys.agent_answers import LockOutcome
+from cryptfs.keys.agent_answers import LockOutcome, get_located_lock
 from cryptfs.keys.agent_client import AgentClient, open_agent
 from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
 from cryptfs.testing.clock import FakeClock
@@ -165,3 +165,31 @@ async def test_volumes_lock_themselves(
             await client.status()
             assert (await client.status()).volumes == ()
         nursery.cancel_scope.cancel()
+
+
+async def test_lock_by_path_is_by_what_the_agent_was_told(serve_here: ServeHere) -> None:
+    """A volume's own directory, or where its daemon says it is mounted; anything else is nobody's."""
+    events: list[Mapping[str, Any]] = []
+    async with serve_here(lock_deadline_s=60) as served, open_agent(served.path) as client:
+        volume_id, data = await create(client)
+        await client.unlock(volume=data, cipher_dir="/vault", secret=b"right")
+
+        async def lock(path: bytes) -> tuple[bytes | None, LockOutcome]:
+            return get_located_lock(await client.request("lock-path", {"path": path}))
+
+        for path in (b"/", b"/vault/x", b"/vaul", b"relative", b"/m"):
+            assert await lock(path) == (None, LockOutcome(was_unlocked=False, unwritten=0))
+        assert await state(client) == "unlocked"
+        assert await lock(b"/vault") == (volume_id, LockOutcome(was_unlocked=True, unwritten=0))
+        assert (await client.status()).volumes == ()
+        await client.unlock(volume=data, cipher_dir="/vault", secret=b"right")
+        async with open_agent(served.path, role="daemon", on_push=events.append) as daemon:
+            await attach(daemon, volume_id, data)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lock, b"/m")
+                await settled(lambda: bool(events))
+                await daemon.locked(volume_id, 0)
+            assert await state(client) == "locked"
+        for path in (b"", b"with\0zero", b"x" * 4097):
+            with pytest.raises(ProtocolError):
+                await lock(path)

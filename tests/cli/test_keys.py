@@ -63,6 +63,20 @@ def test_unlock_status_lock(cryptfs: Cryptfs, vault: Path) -> None:
     assert "locked already" in cryptfs.run("lock", vault).stderr
 
 
+def test_lock_means_the_volume_that_is_there_now(cryptfs: Cryptfs, vault: Path) -> None:
+    """The agent goes by where it was when it was unlocked; another may lie there by now."""
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    vault.rename(vault.with_name("elsewhere"))
+    cryptfs.run("init", "--kdf-cost", "low", vault, passphrase=PASSPHRASE)
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    cryptfs.run("lock", vault)
+    held = json.loads(cryptfs.run("status", "--json").stdout)
+    assert "locked already" in cryptfs.run("lock", vault).stderr
+    assert len(held) <= 1, "the other one may be locked, too: it was named by where it was"
+    cryptfs.run("lock", vault.with_name("elsewhere"))
+    assert json.loads(cryptfs.run("status", "--json").stdout) == []
+
+
 def test_lock_needs_a_volume(cryptfs: Cryptfs) -> None:
     cryptfs.run("lock", cryptfs.root, code=10)
     cryptfs.run("lock", cryptfs.root / "missing", code=10)

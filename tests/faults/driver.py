@@ -12,6 +12,7 @@ import pyfuse3
 from cryptfs.errors import Damaged
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse.gate import Gate
+from cryptfs.fuse.open_files import OpenFiles
 from cryptfs.fuse.operations import Operations
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore
@@ -42,7 +43,8 @@ class Driver:
         self.store = store
         self.sample = sample
         self.volume = volume
-        self.handlers = Operations(volume, Gate())
+        self._opened = OpenFiles()
+        self.handlers = Operations(volume, Gate(), self._opened)
         self._held: dict[int, int] = {}
 
     @classmethod
@@ -52,9 +54,11 @@ class Driver:
     async def unmount(self) -> bool:
         """True if the volume was left clean."""
         self.forget_all()
+        self._opened.close()
         return await self.volume.close()
 
     def kill(self) -> None:
+        self._opened.close()
         abandon(self.volume)
 
     def _keep(self, attr: pyfuse3.EntryAttributes) -> int:
