@@ -18,7 +18,25 @@ def harden() -> list[str]:
 
 def measures() -> dict[str, str | None]:
     """Apply every measure to this process; by name, why it could not be had, None where it is in force."""
-    return {"no_core_dumps": _no_core_dumps(), "not_dumpable": _not_dumpable(), "locked_memory": _lock_memory()}
+    return {
+        "no_core_dumps": _no_core_dumps(), "not_dumpable": _not_dumpable(), "locked_memory": _lock_memory(),
+        "freed_memory": _freed_is_overwritten(),
+    }  # fmt: skip
+
+
+def _freed_is_overwritten() -> str | None:
+    """glibc.malloc.perturb (mallopt(3), M_PERTURB): what is freed is filled with other bytes.
+
+    It counts from a process's first allocation, so whoever starts the agent says so in its environment, as `cryptfs`
+    does.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
+    wanted = {"glibc.malloc.perturb", "glibc.malloc.tcache_count"}
+    if os.environ.get("PYTHONMALLOC") == "malloc" and wanted <= {tunable.split("=")[0] for tunable in tunables}:
+        if "CS_GNU_LIBC_VERSION" in os.confstr_names and os.confstr("CS_GNU_LIBC_VERSION"):
+            return None
+        return "freed memory is not overwritten: the C library is not glibc"
+    return "freed memory is not overwritten: the agent was not started by `cryptfs`"
 
 
 def _no_core_dumps() -> str | None:

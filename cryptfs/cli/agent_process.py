@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 AGENT_MODULE = "cryptfs.agent"
+_FREED_IS_OVERWRITTEN = {
+    "PYTHONMALLOC": "malloc",
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}={value}"
+        for name, value in {"perturb": 165, "tcache_count": 0, "trim_threshold": 8 << 20, "top_pad": 1 << 20}.items()
+    ),
+}
+"""Every object is the C library's to free, which overwrites it: messages, keys and passphrases in `bytes` that Python
+could not wipe. What its per-thread caches keep is not overwritten, so there are none. The heap's end is not given back
+each time: taking it again costs milliseconds where memory is locked. See `agent.hardening`."""
 ENDING_S = 5.0
 START_S = 20.0
 """How long an agent may take until it is ready, and how long to wait for another command that is starting one."""
@@ -99,7 +109,7 @@ def start(*, exit_when_empty: bool) -> int:
     arguments = ["--socket", paths.agent_socket(), "--log-file", str(log_file())]
     if exit_when_empty:
         arguments.append("--exit-when-empty")
-    starting = processes.start(AGENT_MODULE, arguments, log_file=log_file())
+    starting = processes.start(AGENT_MODULE, arguments, log_file=log_file(), settings=_FREED_IS_OVERWRITTEN)
     try:
         line = starting.wait_ready(START_S)
     except BaseException:
@@ -123,7 +133,8 @@ def run_foreground() -> int:
     _wait_for_ending()
     if is_running():
         raise _second()
-    starting = processes.start(AGENT_MODULE, ["--socket", paths.agent_socket(), "--foreground"], log_file=None)
+    words = ["--socket", paths.agent_socket(), "--foreground"]
+    starting = processes.start(AGENT_MODULE, words, log_file=None, settings=_FREED_IS_OVERWRITTEN)
     try:
         line = starting.wait_ready(START_S)
     except BaseException:

@@ -114,8 +114,13 @@ def ended_unless_left(starting: Starting) -> Iterator[None]:
             starting.end()
 
 
-def start(module: str, arguments: Sequence[str], *, log_file: Path | None) -> Starting:
-    """Run `module` with `--ready-fd N` added; its stderr goes to `log_file` (made with mode 0600), or to ours."""
+def start(
+    module: str, arguments: Sequence[str], *, log_file: Path | None, settings: Mapping[str, str] | None = None
+) -> Starting:
+    """Run `module` with `--ready-fd N` added; its stderr goes to `log_file` (made with mode 0600), or to ours.
+
+    `settings`: variables it gets besides.
+    """
     read_fd, write_fd = os.pipe()
     stderr = None
     try:
@@ -124,7 +129,7 @@ def start(module: str, arguments: Sequence[str], *, log_file: Path | None) -> St
             stderr = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         process = subprocess.Popen(
             command_line(module, [*arguments, "--ready-fd", str(write_fd)]),
-            env=clean_environment(os.environ),
+            env=clean_environment(os.environ) | dict(settings or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,

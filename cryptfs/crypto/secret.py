@@ -6,9 +6,26 @@ secret was made from cannot be overwritten. The wipe here covers the one buffer 
 
 from __future__ import annotations
 
+import ctypes
 import hmac
+from collections.abc import Iterable
 from types import TracebackType
 from typing import NoReturn, Self
+
+_BYTES_HEAD = bytes.__basicsize__ - 1
+"""Where the content of a `bytes` object begins: CPython's layout, which counts one byte for the terminating zero."""
+_SHARED_MAX_BYTES = 1
+"""CPython has one object only for each of these."""
+
+
+def overwrite(parts: Iterable[bytes | None]) -> None:
+    """Fill `bytes` objects with zeros, which Python has no way to do: for keys that came out of a message just now.
+
+    The caller has the only use for each of them, and none any more: whoever else has one sees it change.
+    """
+    for part in parts:
+        if part is not None and len(part) > _SHARED_MAX_BYTES:
+            ctypes.memset(id(part) + _BYTES_HEAD, 0, len(part))
 
 
 class Secret:

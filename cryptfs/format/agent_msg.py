@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import msgpack
 
 from cryptfs.errors import ProtocolError
+from cryptfs.types import Buffer
 
 PROTOCOL_VERSION = 1
 MESSAGE_MAX_BYTES = 4 << 20
@@ -98,20 +99,24 @@ def encode_push(event: Mapping[str, Any]) -> bytes:
 
 
 class _Decoder(Generic[M]):
-    """Turns a stream of bytes, cut anywhere, into messages. Holds at most one incomplete message."""
+    """Turns a stream of bytes, cut anywhere, into messages. Holds at most one incomplete message.
 
-    __slots__ = ("_broken", "_buffer")
+    Messages hold keys: what was gathered of one is overwritten when it is complete. What is fed is the caller's.
+    """
+
+    __slots__ = ("_broken", "_buffer", "_have")
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._have = 0
         self._broken = False
 
     @property
     def pending_bytes(self) -> int:
         """Bytes of the incomplete message received so far."""
-        return len(self._buffer)
+        return self._have
 
-    def feed(self, data: bytes) -> list[M]:
+    def feed(self, data: Buffer) -> list[M]:
         """Add received bytes; return the messages they complete, in order.
 
         Raises `ProtocolError` at the first message that breaks the protocol (messages before it in the same call are
@@ -120,36 +125,46 @@ class _Decoder(Generic[M]):
         if self._broken:
             raise ProtocolError("the stream broke the protocol before")
         try:
-            return self._feed(data)
+            with memoryview(data) as view:
+                return self._feed(view)
         except ProtocolError:
             self._broken = True
-            self._buffer.clear()
+            self._forget()
             raise
 
-    def _feed(self, data: bytes) -> list[M]:
-        buffer: bytes | bytearray
-        if self._buffer:
-            self._buffer += data
-            buffer = self._buffer
-        else:
-            buffer = data
+    def _feed(self, data: memoryview) -> list[M]:
         messages: list[M] = []
-        start = 0
-        have = len(buffer)
-        while have - start >= LENGTH_BYTES:
-            length = int.from_bytes(buffer[start : start + LENGTH_BYTES], "big")
-            if not 0 < length <= MESSAGE_MAX_BYTES:
-                raise ProtocolError(f"a message of {length} bytes; 1 to {MESSAGE_MAX_BYTES} are allowed")
-            end = start + LENGTH_BYTES + length
-            if end > have:
-                break
-            messages.append(self._message(*_unpack(buffer[start + LENGTH_BYTES : end])))
-            start = end
-        if buffer is self._buffer:
-            del self._buffer[:start]
-        elif start < have:
-            self._buffer += data[start:]
+        at, have = 0, len(data)
+        while at < have:
+            if not self._have and have - at >= LENGTH_BYTES and have - at >= (whole := _whole_bytes(data[at:])):
+                with data[at + LENGTH_BYTES : at + whole] as body:
+                    messages.append(self._message(*_unpack(body)))
+                at += whole
+                continue
+            at += self._gather(data[at:])
+            if self._have >= LENGTH_BYTES and self._have == _whole_bytes(self._buffer):
+                with memoryview(self._buffer) as gathered, gathered[LENGTH_BYTES : self._have] as body:
+                    messages.append(self._message(*_unpack(body)))
+                self._forget()
         return messages
+
+    def _gather(self, data: memoryview) -> int:
+        """Keep what belongs to the message that is incomplete, first its length; how many bytes that were."""
+        goal = LENGTH_BYTES if self._have < LENGTH_BYTES else _whole_bytes(self._buffer)
+        taken = min(len(data), goal - self._have)
+        end = self._have + taken
+        if end > len(self._buffer):
+            # Not extended in place, which may leave the old place behind as it is.
+            old, self._buffer = self._buffer, bytearray(max(end, min(goal, 2 * len(self._buffer))))
+            self._buffer[: self._have] = old[: self._have]
+            old[:] = bytes(len(old))
+        self._buffer[self._have : end] = data[:taken]
+        self._have = end
+        return taken
+
+    def _forget(self) -> None:
+        self._buffer[:] = bytes(len(self._buffer))
+        self._buffer, self._have = bytearray(), 0
 
     def _message(self, message_id: int, kind: str, content: dict[str, Any]) -> M:
         raise NotImplementedError
@@ -183,7 +198,15 @@ class AnswerDecoder(_Decoder[Answer]):
         raise ProtocolError("an answer that is neither result, error nor push")
 
 
-def _unpack(body: bytes | bytearray) -> tuple[int, str, dict[str, Any]]:
+def _whole_bytes(start: bytearray | memoryview) -> int:
+    """How long the message is that begins with `start`, its length included. Raises `ProtocolError`."""
+    length = int.from_bytes(start[:LENGTH_BYTES], "big")
+    if not 0 < length <= MESSAGE_MAX_BYTES:
+        raise ProtocolError(f"a message of {length} bytes; 1 to {MESSAGE_MAX_BYTES} are allowed")
+    return LENGTH_BYTES + length
+
+
+def _unpack(body: memoryview) -> tuple[int, str, dict[str, Any]]:
     """(id, verb or kind, args or content) of a message without its length."""
     try:
         value = msgpack.unpackb(

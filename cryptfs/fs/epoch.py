@@ -17,11 +17,12 @@ from cryptfs.errors import Damaged, VolumeDamaged
 from cryptfs.format.state import SLOT_BYTES, State, decode_slot
 from cryptfs.fs.context import open_ours, write_all
 from cryptfs.ports import Store
+from cryptfs.types import Buffer
 
 STATE = b"state"
 
 
-def read_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview) -> State:
+def read_state(store: Store, volume_id: bytes, volume_key: Buffer) -> State:
     """The state that counts. Raises `VolumeDamaged` if no slot is authentic."""
     try:
         fd = open_ours(store, store.root(), STATE, os.O_RDONLY)
@@ -46,13 +47,13 @@ def read_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview) -
     return max(good, key=lambda state: state.sequence)
 
 
-def sign_state(volume_id: bytes, volume_key: bytes | memoryview, state: State) -> bytes:
+def sign_state(volume_id: bytes, volume_key: Buffer, state: State) -> bytes:
     """The slot's 512 bytes."""
     signed = state.signed()
     return signed + mac(volume_key, volume_id, signed)
 
 
-def write_state(store: Store, volume_id: bytes, volume_key: bytes | memoryview, state: State) -> None:
+def write_state(store: Store, volume_id: bytes, volume_key: Buffer, state: State) -> None:
     """Write `state` into its slot and sync it. Blocks. Raises OSError."""
     write_slot(store, state, sign_state(volume_id, volume_key, state))
 

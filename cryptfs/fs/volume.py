@@ -143,8 +143,9 @@ async def open_volume(
         store.lock()
     except BlockingIOError:
         raise VolumeBusy("the volume is mounted or being changed by another process") from None
+    volume_key = bytearray()
     try:
-        volume_key = bytes(await ctx.volume_key())
+        volume_key = bytearray(await ctx.volume_key())  # outlives awaits, and with them the cache's
         state = read_state(store, config.volume_id, volume_key)
         _open_directories(ctx)
         _check_newest(ctx)
@@ -166,6 +167,8 @@ async def open_volume(
     except BaseException:
         ctx.close()
         raise
+    finally:
+        volume_key[:] = bytes(len(volume_key))
     return Volume(ctx)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import trio
 
+from cryptfs.crypto.secret import overwrite
 from cryptfs.errors import (
     AgentUnavailable,
     AuditUnavailable,
@@ -119,6 +120,7 @@ class AgentClient:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._lingers = 0
+        self._received = memoryview(bytearray(RECV_BYTES))
         self._decoder = AnswerDecoder()
         self._waiting: dict[int, _Waiting] = {}
         self._abandoned: set[int] = set()
@@ -171,20 +173,23 @@ class AgentClient:
     def _receive(self) -> bool:
         """Take what the socket holds, without waiting; False if it held nothing."""
         try:
-            data = self._sock.recv(RECV_BYTES)
+            have = self._sock.recv_into(self._received)
         except BlockingIOError:
             return False
         except OSError as error:
             self._lose(f"the key agent is gone: {error.strerror}")
             return True
-        if not data:
+        if not have:
             self._lose("the key agent closed the connection")
             return True
         try:
-            for answer in self._decoder.feed(data):
+            for answer in self._decoder.feed(self._received[:have]):
                 self._take(answer)
         except ProtocolError as error:
             self._lose(f"the key agent sent rubbish: {error}")
+        finally:
+            # Keys were in it, and the next answer may be shorter.
+            self._received[:have] = bytes(have)
         return True
 
     def _take(self, answer: Answer) -> None:
@@ -202,6 +207,8 @@ class AgentClient:
             _wake(entry)
         elif answer.request_id in self._abandoned:
             self._abandoned.discard(answer.request_id)
+            if isinstance(answer, Reply):
+                overwrite(_bytes_in(answer.result))
         else:
             raise ProtocolError("an answer to a request that was never made")
 
@@ -502,6 +509,15 @@ def _connect(path: str) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _bytes_in(value: object) -> Iterator[bytes]:
+    """Everything in a result that may be a key."""
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _bytes_in(child)
 
 
 def _wake(entry: _Waiting) -> None:

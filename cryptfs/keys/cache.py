@@ -17,6 +17,7 @@ from typing import Protocol
 
 import trio
 
+from cryptfs.crypto.secret import overwrite
 from cryptfs.errors import AgentUnavailable, CryptfsError, Damaged, VolumeLocked
 from cryptfs.keys.policy import SWEEP_INTERVAL_S, CachePolicy
 from cryptfs.keys.stretches import contiguous, requests_of
@@ -41,7 +42,10 @@ class Upstream(Protocol):
     """The agent, for one volume (`keys.link`)."""
 
     async def unwrap(self, items: Sequence[UnwrapItem]) -> tuple[list[bytes | None], list[int]]:
-        """The keys of each item, joined; None where any of its wraps is not authentic. And its log's floor."""
+        """The keys of each item, joined; None where any of its wraps is not authentic. And its log's floor.
+
+        Keys are the caller's to overwrite, here and below: nobody else may have the objects.
+        """
         ...
 
     async def generate(self, log_id: bytes, purpose: str, count: int) -> tuple[int, bytes, bytes]:
@@ -245,6 +249,7 @@ class KeyCache:
             widths += [width] * len(wraps)
         self.statistics.unwraps += len(flat)
         views, batch = self._store(bytearray().join(clear), flat, widths)
+        overwrite(clear)
         for (run, _), floor in zip(wanted, floors, strict=True):
             if run.purpose in _LOG_PURPOSES:
                 self._know(run.log_id, floor, batch)
@@ -262,11 +267,14 @@ class KeyCache:
             # An answer that was under way when the KEK was replaced is of the old one.
             if kek_version >= self._least_version:
                 break
+            overwrite([keys])
         else:
             raise AgentUnavailable("the key agent makes keys under a KEK that was replaced")
         names = purpose is Purpose.NAMES
         wraps = _split(joined, WRAPPED_NAMES_BYTES if names else WRAPPED_BYTES)
-        views, batch = self._store(bytearray(keys), wraps, [NAMES_KEY_BYTES if names else DEK_BYTES] * count)
+        clear = bytearray(keys)
+        overwrite([keys])
+        views, batch = self._store(clear, wraps, [NAMES_KEY_BYTES if names else DEK_BYTES] * count)
         fresh = FreshKeys(kek_version, [views[w] for w in wraps], wraps)
         batch.stocks.append(fresh)
         if purpose in _LOG_PURPOSES:
@@ -397,6 +405,7 @@ class KeyCache:
             kek_version, raw = await self._upstream.kits(directory=directory, count=count, deks=deks)
             if kek_version >= self._least_version:
                 break
+            overwrite([keys])
         else:
             raise AgentUnavailable("the key agent makes keys under a KEK that was replaced")
         clear: list[bytes] = []
@@ -413,6 +422,7 @@ class KeyCache:
             wraps += _split(dek_wraps, WRAPPED_BYTES)
             widths += [DEK_BYTES] * deks
         views, batch = self._store(bytearray().join(clear), wraps, widths)
+        overwrite(clear)
         out = []
         for log_id, _, log_wrapped, _, names_wrapped, _, dek_wraps in raw:
             self._know(log_id, 0, batch)
