@@ -58,9 +58,9 @@ class OpenFiles:
         if fd >= 0:
             os.close(fd)
 
-    def inos(self) -> list[int]:
-        """Inode numbers: of files that nobody writes first."""
-        return sorted(self._opens, key=lambda ino: self._opens[ino][2])
+    def inos(self) -> list[tuple[int, bool]]:
+        """(inode number, whether it was opened for writing): those that were not first."""
+        return sorted(((ino, bool(entry[2])) for ino, entry in self._opens.items()), key=lambda item: item[1])
 
 
 def read_table(fd: int) -> list[int]:

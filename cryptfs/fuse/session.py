@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -32,9 +33,13 @@ _READ_AHEAD_KIB = 1024
 _STOP_S = 30.0
 _THREADS = 16
 """They wait for the kernel, which waits for us where pages are dirty; those that do not must find a thread."""
-_PIECE_BYTES = 2 << 20
-"""What is behind a dirty page in the same piece waits for it."""
-_PIECES_MAX = 512
+_PIECE_BYTES, _PIECES_MAX = 64 << 20, 16
+"""Of a file that nobody writes: as much as makes use of the processors."""
+_WRITTEN_PIECE_BYTES, _WRITTEN_PIECES_MAX = 2 << 20, 512
+"""Of another one: what is behind a dirty page in the same piece waits for it."""
+_USUAL_SWITCH_S, _SWITCH_S = sys.getswitchinterval(), 0.0002
+"""How long the interpreter's lock may be kept from a thread that has dropped a piece and wants the next: as a rule
+(sys.setswitchinterval) 5 ms, which with programs at work is what every single piece would wait."""
 _UNMOUNT_S = 600.0
 """umount waits while the kernel writes its dirty pages to this process, which goes on answering."""
 
@@ -153,13 +158,11 @@ class FuseSession:
 
     def _pieces(self, *, open_only: bool = False) -> deque[Piece]:
         """What to drop, in order: open files, those not opened for writing first; then all others."""
-        opened = dict.fromkeys(self.open_files.inos())
-        sizes = ((ino, self._volume.inodes.find(ino)) for ino in opened)
-        pieces = deque(
-            piece
-            for ino, inode in sizes
-            for piece in _in_pieces(ino, 0 if inode is None or inode.file is None else inode.file.size)
-        )
+        opened = dict(self.open_files.inos())
+        pieces: deque[Piece] = deque()
+        for ino, written in opened.items():
+            inode = self._volume.inodes.find(ino)
+            pieces.extend(_in_pieces(ino, 0 if inode is None or inode.file is None else inode.file.size, written))
         if not open_only:
             closed = (i.ino for i in self._volume.inodes.all() if i.kind == Kind.FILE and i.ino not in opened)
             pieces.extend((ino, 0, WHOLE_FILE) for ino in closed)
@@ -184,7 +187,11 @@ class FuseSession:
 
     async def _drop_files(self, pieces: deque[Piece]) -> None:
         """Each thread takes the next piece until there is none."""
-        await self._in_threads([functools.partial(self._drop_pages, pieces)] * min(_THREADS, len(pieces)))
+        sys.setswitchinterval(_SWITCH_S)
+        try:
+            await self._in_threads([functools.partial(self._drop_pages, pieces)] * min(_THREADS, len(pieces)))
+        finally:
+            sys.setswitchinterval(_USUAL_SWITCH_S)
 
     def _drop_pages(self, pieces: deque[Piece]) -> None:
         # Nothing else adds to it, and taking one is atomic.
@@ -215,9 +222,10 @@ class FuseSession:
             pyfuse3.terminate()
 
 
-def _in_pieces(ino: int, size: int) -> Iterator[Piece]:
-    """At most 512 pieces of at least 2 MiB each; the last one is open, as the kernel may know the file longer."""
-    step = max(_PIECE_BYTES, -(-size // _PIECES_MAX))
+def _in_pieces(ino: int, size: int, written: bool) -> Iterator[Piece]:
+    """The last one is open, as the kernel may know the file longer."""
+    piece_bytes, most = (_WRITTEN_PIECE_BYTES, _WRITTEN_PIECES_MAX) if written else (_PIECE_BYTES, _PIECES_MAX)
+    step = max(piece_bytes, -(-size // most))
     for offset in range(0, size - step, step):
         yield ino, offset, step
     yield ino, max(0, (size - 1) // step * step), WHOLE_FILE
