@@ -405,7 +405,7 @@ class KeyCache:
             kek_version, raw = await self._upstream.kits(directory=directory, count=count, deks=deks)
             if kek_version >= self._least_version:
                 break
-            overwrite([keys])
+            overwrite(key for row in raw for key in (row[1], row[3], row[5]))
         else:
             raise AgentUnavailable("the key agent makes keys under a KEK that was replaced")
         clear: list[bytes] = []

@@ -90,8 +90,9 @@ async def test_the_agent_is_confined_and_says_so(start_agent: StartAgent) -> Non
     assert about["pid"] == pid
     assert about["audit"] is None
     assert set(about["hardening"]) == {
-        "no_core_dumps", "not_dumpable", "locked_memory", "landlock", "seccomp", "memfd_secret",
+        "no_core_dumps", "not_dumpable", "locked_memory", "freed_memory", "landlock", "seccomp", "memfd_secret",
     }  # fmt: skip
+    assert about["hardening"]["freed_memory"].startswith("off: "), "whoever starts it has to see to that"
 
 
 @pytest.mark.parametrize("network", [False, True])

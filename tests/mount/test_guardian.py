@@ -202,3 +202,18 @@ def is_readable(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+IMPORTED = """
+import sys
+import cryptfs.daemon.guardian
+print(*sorted(name for name in sys.modules if name.split(".")[0] in ("cryptfs", "pyfuse3", "trio", "cryptography")))
+"""
+
+
+def test_a_guardian_has_no_code_to_do_anything_else() -> None:
+    said = subprocess.run([sys.executable, "-c", IMPORTED], check=True, capture_output=True, text=True).stdout
+    assert said.split() == [
+        "cryptfs", "cryptfs.daemon", "cryptfs.daemon.guardian",
+        "cryptfs.fuse", "cryptfs.fuse.notify", "cryptfs.fuse.open_files",
+    ]  # fmt: skip

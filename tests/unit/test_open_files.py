@@ -26,7 +26,7 @@ def test_the_table_is_what_is_open_now() -> None:
             ino = next(iter(opens))
             files.released(ino)
             opens -= Counter([ino])
-        assert read_table(files.fd) == files.inos() == []
+        assert (read_table(files.fd), files.inos()) == ([], [])
     finally:
         files.close()
 
