@@ -64,6 +64,8 @@ KDF_AT_ONCE = 1
 """A KDF may take a gigabyte: one at a time, the others wait."""
 ROOTS_AT_ONCE = 8
 """Roots outside that are being waited for."""
+ROOT_PATIENCE_S = 60.0
+"""How long such a root may take; somebody may have to press a key on it."""
 
 _CODES: tuple[tuple[type[CryptfsError], str], ...] = (
     (VolumeLocked, "locked"),
@@ -114,6 +116,7 @@ class Service:
         self._reports = Reports(self._attached)
         self._kdf_limit = trio.CapacityLimiter(KDF_AT_ONCE)
         self._root_limit = trio.CapacityLimiter(ROOTS_AT_ONCE)
+        self.root_patience_s = ROOT_PATIENCE_S
         self.reverifier = Reverifier(self.locks.begin, self._say_reverified, clock)
         self.policies = Policies(self._attached, self.locks, self.limits, self.reverifier, audit)
         self._started_s = clock.time_ns() // 1_000_000_000
@@ -320,13 +323,15 @@ class Service:
             with secret, shred or nullcontext():
                 return work()
 
-        return await in_thread(with_it, Unlocked.discard, limit or self._kdf_limit)
+        with trio.move_on_after(float("inf") if limit is None else self.root_patience_s):
+            return await in_thread(with_it, Unlocked.discard, limit or self._kdf_limit)
+        raise BackendUnavailable(f"the root key's holder has not answered for {self.root_patience_s:.0f} s")
 
-    def _limit_of(self, volume: Volume, kind: str, protector_id: bytes) -> trio.CapacityLimiter:
-        """Roots outside need little memory and may hang: they do not share the KDFs' one place."""
+    def _limit_of(self, volume: Volume, kind: str, protector_id: bytes) -> trio.CapacityLimiter | None:
+        """Roots outside need little memory and may hang: they do not share the KDFs' one place (None)."""
         kinds = {kind} | {p.kind for p in volume.protectors if p.protector_id == protector_id}
         outside = any(kind in self._providers and self._providers[kind].revocable for kind in kinds)
-        return self._root_limit if outside else self._kdf_limit
+        return self._root_limit if outside else None
 
     async def _in_kdf_thread(self, work: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._kdf_limit)

@@ -22,7 +22,7 @@ _BY_CLASS: dict[type[errors.CryptfsError], str] = {
     errors.AgentUnavailable: "start one with `cryptfs agent run`, then `cryptfs unlock DIR`",
     errors.VolumeLocked: "`cryptfs unlock DIR` brings the key back",
     errors.StoreFailed: "see whether the file system that holds the volume is full, read-only or failing",
-    errors.BackendUnavailable: "is the token plugged in? docs/KEYS.md says what agent.toml must name",
+    errors.BackendUnavailable: "is the token plugged in? After a change of agent.toml: `cryptfs agent stop`",
     errors.AuditUnavailable: "make room, or make it writable again: what must be on the record then works again",
     errors.NotPermitted: "run cryptfs as the user who owns the volume and the agent",
     errors.ProtocolError: "agent and command may be of different versions; `cryptfs agent stop` ends the old agent",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
-from cryptfs.cli import ui
+from cryptfs.cli import passphrase, ui
 from cryptfs.errors import StoreFailed, UsageError
 from cryptfs.format.protectors import KEYFILE_MAX_BYTES, KEYFILE_MIN_BYTES
 
@@ -30,8 +29,7 @@ def read_keyfile(path: Path) -> bytes:
         raise UsageError(f"cannot read the key file {path}: {failure.strerror}") from failure
     if not KEYFILE_MIN_BYTES <= len(parts) <= KEYFILE_MAX_BYTES:
         raise UsageError(f"{path} is no key file: those have {KEYFILE_MIN_BYTES} to {KEYFILE_MAX_BYTES} bytes")
-    if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
-        ui.warning(f"other users may open {path} (mode {stat.S_IMODE(status.st_mode):04o}); chmod 600 ends that")
+    passphrase.warn_if_open(path, status)
     return bytes(parts)
 
 

@@ -145,7 +145,11 @@ class Made:
         from cryptfs.cli import recovery
 
         if not self.is_kept and self.to_show:
-            recovery.show(bytes(self.wish.secret), volume_id, self.wish.label)
+            try:
+                recovery.show(bytes(self.wish.secret), volume_id, self.wish.label)
+            except UsageError as failure:
+                hint = f"nobody has its key: `cryptfs protector change DIR {self.wish.label}` makes another one"
+                raise hinted(UsageError(f"the protector is there, but {failure}"), hint) from None
         self.is_kept = True
 
 

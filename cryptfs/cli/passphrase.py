@@ -190,16 +190,18 @@ def _read_file(path: Path, noun: str) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
         try:
-            status = os.fstat(fd)
-            if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
-                ui.warning(
-                    f"other users may open {path} (mode {stat.S_IMODE(status.st_mode):04o}); chmod 600 ends that"
-                )
+            warn_if_open(path, os.fstat(fd))
             return _read_all(fd).removesuffix(b"\n")
         finally:
             os.close(fd)
     except OSError as failure:
         raise UsageError(f"cannot read the {noun} file {path}: {failure.strerror}") from failure
+
+
+def warn_if_open(path: Path, status: os.stat_result) -> None:
+    """Warn if other users may open a file that a secret was read from."""
+    if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
+        ui.warning(f"other users may open {path} (mode {stat.S_IMODE(status.st_mode):04o}); chmod 600 ends that")
 
 
 def _read_descriptor(fd: int, noun: str) -> bytes:

@@ -42,6 +42,7 @@ def read_file(path: Path) -> bytes:
     """The recovery key in a file; lines that begin with `#` are passed over. Raises `Mistyped`, `UsageError`."""
     try:
         with path.open("rb") as file:
+            passphrase.warn_if_open(path, os.fstat(file.fileno()))
             content = file.read(FILE_MAX_BYTES + 1)
     except OSError as failure:
         raise UsageError(f"cannot read the recovery key file {path}: {failure.strerror}") from failure

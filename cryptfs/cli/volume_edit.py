@@ -75,5 +75,8 @@ class Edit:
                 if read_volume_file(self._edit.cipher_dir) == data:
                     in_place()
             raise
-        in_place()
-        key_agent.ask(lambda client: commit(client, volume_id, data))
+        try:
+            key_agent.ask(lambda client: commit(client, volume_id, data))
+        finally:
+            # Also if the agent is gone now: the next unlock goes by the file.
+            in_place()

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from cryptfs.agent.handing_over import in_thread
-from cryptfs.errors import CryptfsError, Denied, UnsupportedFormat, UsageError, WrongSecret
+from cryptfs.errors import BackendUnavailable, CryptfsError, Denied, UnsupportedFormat, UsageError, WrongSecret
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import AgentClient, open_agent
 from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
@@ -164,6 +164,22 @@ async def test_a_root_that_hangs_does_not_hold_up_those_that_do_not(serve_here: 
         finally:
             token.hangs.set()
         assert await state(client) == ["unlocked"]
+
+
+async def test_a_root_that_hangs_is_given_up_and_undone(serve_here: ServeHere) -> None:
+    async with serve_here() as served, open_agent(served.path) as client:
+        data = await made(client)
+        token = token_of(served)
+        token.hangs = threading.Event()
+        served.server._service.root_patience_s = 0.1
+        try:
+            with pytest.raises(BackendUnavailable, match="has not answered"):
+                await unlock(client, data)
+        finally:
+            token.hangs.set()
+        await settled(lambda: served.server._service._root_limit.borrowed_tokens == 0)
+        await settled(lambda: not token.open)
+        assert await state(client) == []
 
 
 async def test_handing_over_what_nobody_waits_for_any_more() -> None:

@@ -89,6 +89,26 @@ def test_a_key_file_that_is_made(cryptfs: Cryptfs, vault: Path) -> None:
     assert "No such file" in opens(cryptfs, vault, "--keyfile", cryptfs.root / "none", code=2)
 
 
+def test_a_key_file_and_a_recovery_key_are_changed(cryptfs: Cryptfs, vault: Path) -> None:
+    old, new, paper = cryptfs.root / "old", cryptfs.root / "new", cryptfs.root / "paper"
+    add(cryptfs, vault, "--new-keyfile", old)
+    cryptfs.run("protector", "change", vault, "keyfile", "--new-keyfile", new, "--label", "stick", "--keyfile", old)
+    opens(cryptfs, vault, "--keyfile", old, code=13)
+    opens(cryptfs, vault, "--protector", "stick", "--keyfile", new)
+    add(cryptfs, vault, "--kind", "recovery", "--out", paper)
+    said = cryptfs.run("protector", "change", vault, "recovery", "--out", paper, "--keyfile", new, code=2).stderr
+    assert "exists already" in said
+    opens(cryptfs, vault, "--recovery-file", paper)
+    cryptfs.run("protector", "change", vault, "recovery", "--out", cryptfs.root / "paper2", "--keyfile", new)
+    opens(cryptfs, vault, "--recovery-file", paper, code=13)
+    opens(cryptfs, vault, "--recovery-file", cryptfs.root / "paper2")
+    said = cryptfs.run("protector", "change", vault, "stick", "--out", "x", "--keyfile", new, code=2).stderr
+    assert "--out is for protectors of the kind recovery" in said
+    words = ("protector", "change", vault, "stick", "--new-keyfile", cryptfs.root / "n", "--keyfile", new)
+    said = cryptfs.run(*words, "--label", "recovery", code=2).stderr
+    assert "has a protector 'recovery' already" in said
+
+
 def test_key_files_that_protect_nothing_are_warned_of(cryptfs: Cryptfs, vault: Path) -> None:
     assert "protects nothing" in add(cryptfs, vault, "--new-keyfile", vault / "key")
     weak = cryptfs.root / "weak"
