@@ -157,7 +157,7 @@ class Box:
     @property
     def daemon_pid(self) -> int:
         daemon = mounts.daemon_of_mount(self.clear)
-        assert daemon is not None, "no daemon"
+        assert daemon is not None, f"no daemon; its log ends:\n{self.log()[-4000:]}"
         return daemon.pid
 
     def agent_pids(self) -> list[int]:
