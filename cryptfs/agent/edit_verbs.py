@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,10 +21,9 @@ from cryptfs.agent.freshness import Changes, Records, Seen
 from cryptfs.agent.keyring import Keyring
 from cryptfs.agent.policies import Policies
 from cryptfs.agent.recording import Attachment, Peer, check_file
-from cryptfs.agent.shred_store import KIND, ShredStore
+from cryptfs.agent.shred_places import ShredPlaces
 from cryptfs.agent.unlocking import Key, NewProtector, Providers, Unlocked
 from cryptfs.crypto.secret import Secret
-from cryptfs.crypto.shred import SECRET_BYTES
 from cryptfs.errors import ProtocolError, RolledBack, UsageError
 from cryptfs.format.agent_msg import encode_push
 from cryptfs.format.policy import BOUNDS, Policy
@@ -44,7 +43,7 @@ class Editing:
 
     def __init__(  # noqa: PLR0913 - what the verbs work on
         self, *, keyring: Keyring, records: Records, audit: Auditor, attached: MutableMapping[bytes, Attachment],
-        providers: Providers, shred: ShredStore, random: Random, clock: Clock,
+        providers: Providers, places: ShredPlaces, random: Random, clock: Clock,
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]], policies: Policies,
     ) -> None:  # fmt: skip
         self._keyring = keyring
@@ -52,7 +51,7 @@ class Editing:
         self._audit = audit
         self._attached = attached
         self._providers = providers
-        self._shred = shred
+        self._places = places
         self._random = random
         self._clock = clock
         self._in_thread = in_thread
@@ -104,12 +103,13 @@ class Editing:
         arg.expect(args, "volume_id", "volume", "carried", "shred_secret")
         with ExitStack() as stack:
             carried = get_keys(args, "carried", stack)
-            shred = self.shred_secret(self._checked(args), get_shred_secret(args), stack)
+            volume, given = self._checked(args), get_shred_secret(args)
             # Wiped by the thread, which outlives a client that leaves.
             held = stack.pop_all()
 
         def rotate(now: Unlocked) -> Unlocked:
-            with held:
+            shred = self._places.find(volume, given)
+            with held, shred or nullcontext():
                 return editing.with_new_kek(now, carried, self._providers, self._random, shred)
 
         return await self._edited(args, rotate)
@@ -143,15 +143,6 @@ class Editing:
 
     # inside ----------------------------------------------------------------------------------------------------
 
-    def shred_secret(self, volume: Volume, given: bytes, stack: ExitStack) -> Secret | None:
-        """The volume's shred secret, wiped with `stack`, from where it lies; None if it has none or it is not there."""
-        if volume.shred is None:
-            return None
-        if volume.shred.kind == KIND:
-            found = self._shred.get(volume.volume_id)
-            return None if found is None else stack.enter_context(found)
-        return stack.enter_context(Secret.of(given)) if given else None
-
     def _now_s(self) -> int:
         return self._clock.time_ns() // 1_000_000_000
 
@@ -165,11 +156,12 @@ class Editing:
     ) -> dict[str, Any]:
         with ExitStack() as stack:
             secret = stack.enter_context(Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES)))
-            shred = self.shred_secret(self._checked(args), get_shred_secret(args), stack)
+            volume, given = self._checked(args), get_shred_secret(args)
             held = stack.pop_all()
 
         def edit(now: Unlocked) -> Unlocked:
-            with held:
+            shred = self._places.find(volume, given)
+            with held, shred or nullcontext():
                 return work(now, secret, shred)
 
         return await self._edited(args, edit)
@@ -199,11 +191,8 @@ class Editing:
 
 
 def get_shred_secret(args: Args) -> bytes:
-    """Empty if none is given, else 32 bytes."""
-    given = arg.get_bytes(args, "shred_secret", 0, SECRET_BYTES)
-    if len(given) not in (0, SECRET_BYTES):
-        raise ProtocolError(f"shred_secret must be empty or {SECRET_BYTES} bytes")
-    return given
+    """The secret, or what leads to it; empty if none is given."""
+    return arg.get_bytes(args, "shred_secret", 0, SECRET_MAX_BYTES)
 
 
 def get_new_protector(args: Args, now_s: int) -> NewProtector:

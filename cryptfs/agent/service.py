@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import trio
@@ -29,12 +30,11 @@ from cryptfs.agent.policies import Policies, terms_of
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
 from cryptfs.agent.reports import Reports
 from cryptfs.agent.reverify import Reverifier
-from cryptfs.agent.shred_store import KIND as SHRED_KIND
+from cryptfs.agent.shred_places import ShredPlaces
 from cryptfs.agent.shred_store import ShredStore
 from cryptfs.agent.unlocking import Key, NewVolume, Providers, Unlocked, create_volume, unlock_volume
 from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.secret_memory import SecretMemory
-from cryptfs.crypto.shred import SECRET_BYTES as SHRED_SECRET_BYTES
 from cryptfs.errors import (
     AuditUnavailable,
     BackendUnavailable,
@@ -105,7 +105,7 @@ class Service:
         self._keyring = Keyring(random, memory)
         self._records = records
         self._audit = audit
-        self._shred = shred
+        self._places = ShredPlaces(shred, providers, random)
         self._attempts = Attempts()
         self._attached: dict[bytes, Attachment] = {}
         self._cipher_dirs: dict[bytes, bytes] = {}
@@ -123,7 +123,7 @@ class Service:
         self.stopping = trio.Event()
         self._editing = Editing(
             keyring=self._keyring, records=records, audit=audit, attached=self._attached, providers=providers,
-            shred=shred, random=random, clock=clock, in_thread=self._in_kdf_thread, policies=self.policies,
+            places=self._places, random=random, clock=clock, in_thread=self._in_kdf_thread, policies=self.policies,
         )  # fmt: skip
         self._inline: Mapping[str, Callable[[Args], dict[str, Any]]] = {
             "unwrap": self._unwrap,
@@ -259,32 +259,25 @@ class Service:
         )
         if new.block_size.bit_count() != 1:
             raise ProtocolError("block_size must be a power of two")
-        shred = self._new_shred_secret(new, get_shred_secret(args))
+        if new.shred_kind and new.protector is None:
+            raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
+        given = get_shred_secret(args)
         secret = Secret.of(arg.get_bytes(args, "secret", 1 if new.protector is not None else 0, SECRET_MAX_BYTES))
-        copy = None if shred is None else Secret.of(shred.view())
-        unlocked = await self._with_secret(
-            secret, copy, lambda: create_volume(new, secret, self._providers, self._random, copy)
-        )
-        if shred is not None:
+        volume_id = self._random(ID_BYTES)
+
+        def create() -> Unlocked:
+            if not new.shred_kind:
+                return create_volume(new, secret, self._providers, self._random, volume_id=volume_id)
+            # Durable before the volume is: no volume may need a secret that a crash took.
+            shred, params = self._places.make(new.shred_kind, new.shred_params, given, volume_id)
             with shred:
-                if new.shred_kind == SHRED_KIND:
-                    # Durable before the volume is: no volume may need a secret that a crash took.
-                    await trio.to_thread.run_sync(self._shred.put, unlocked.volume.volume_id, shred.view())
+                placed = replace(new, shred_params=params)
+                return create_volume(placed, secret, self._providers, self._random, shred, volume_id)
+
+        unlocked = await self._with_secret(secret, create)
         await self._on_record(peer, "create", unlocked, {})
         self._hold(unlocked, b"", Terms())
         return {"volume": unlocked.data}
-
-    def _new_shred_secret(self, new: NewVolume, given: bytes) -> Secret | None:
-        """The shred secret of a volume to be made: made here if the agent is to keep it, else the one given."""
-        if not new.shred_kind:
-            return None
-        if new.protector is None:
-            raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
-        if new.shred_kind == SHRED_KIND:
-            return Secret.of(self._random(SHRED_SECRET_BYTES))
-        if not given:
-            raise ProtocolError("a shred secret that the agent does not keep must be given")
-        return Secret.of(given)
 
     async def _unlock(self, peer: Peer, args: Args) -> dict[str, Any]:
         names = ("volume", "cipher_dir", "secret", "for_s", "idle_s", "kind", "protector_id", "shred_secret")
@@ -299,13 +292,14 @@ class Service:
         async with self._attempts.next(volume.volume_id) as failures:
             limit = self._limit_of(volume, kind, protector_id)
             secret = Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES))
-            with ExitStack() as stack:
-                shred = self._editing.shred_secret(volume, given, stack)
-                stack.pop_all()
             key = Key(secret, kind, protector_id)
-            unlocked = await self._with_secret(
-                secret, shred, lambda: unlock_volume(data, key, self._providers, shred), limit
-            )
+
+            def unlock() -> Unlocked:
+                shred = self._places.find(volume, given)
+                with shred or nullcontext():
+                    return unlock_volume(data, key, self._providers, shred)
+
+            unlocked = await self._with_secret(secret, unlock, limit)
         terms = Terms(for_s, idle_s)
         counts = terms.before(terms_of(unlocked.volume.policy))
         said: dict[str, str | int | bool] = {"cipher-dir": os.fsdecode(cipher_dir), "failures-before": failures}
@@ -315,12 +309,11 @@ class Service:
         return {"volume_id": unlocked.volume.volume_id, "kek_version": unlocked.volume.kek_version}
 
     async def _with_secret(
-        self, secret: Secret, shred: Secret | None, work: Callable[[], Unlocked],
-        limit: trio.CapacityLimiter | None = None,
-    ) -> Unlocked:  # fmt: skip
+        self, secret: Secret, work: Callable[[], Unlocked], limit: trio.CapacityLimiter | None = None
+    ) -> Unlocked:
         def with_it() -> Unlocked:
             # Wiped by the thread: if the client leaves, the thread outlives the request.
-            with secret, shred or nullcontext():
+            with secret:
                 return work()
 
         with trio.move_on_after(float("inf") if limit is None else self.root_patience_s):
@@ -330,6 +323,7 @@ class Service:
     def _limit_of(self, volume: Volume, kind: str, protector_id: bytes) -> trio.CapacityLimiter | None:
         """Roots outside need little memory and may hang: they do not share the KDFs' one place (None)."""
         kinds = {kind} | {p.kind for p in volume.protectors if p.protector_id == protector_id}
+        kinds |= {volume.shred.kind} if volume.shred is not None else set()
         outside = any(kind in self._providers and self._providers[kind].revocable for kind in kinds)
         return self._root_limit if outside else None
 
@@ -337,13 +331,14 @@ class Service:
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._kdf_limit)
 
     async def _shred_volume(self, peer: Peer, args: Args) -> dict[str, Any]:
-        """Destroy the shred secret that lies here, and lock the volume, whatever its daemon says."""
-        arg.expect(args, "volume_id")
-        volume_id = arg.get_id(args, "volume_id")
+        """Destroy the volume's shred secret where that is the agent's to do, and lock the volume."""
+        arg.expect(args, "volume", "shred_secret")
+        volume = parse_volume(arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES))
+        given, volume_id = get_shred_secret(args), volume.volume_id
         if volume_id in self._attached:
             raise VolumeBusy("the volume is mounted")
         # Before the lock: if we die in between, the secret is gone and so is the agent's memory.
-        destroyed = await trio.to_thread.run_sync(self._shred.destroy, volume_id)
+        destroyed = await trio.to_thread.run_sync(self._places.destroy, volume, given, limiter=self._root_limit)
         await self.locks.lock(volume_id, f"process {peer.pid} shreds it")
         return {"destroyed": destroyed}
 

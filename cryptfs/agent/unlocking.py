@@ -90,14 +90,15 @@ class Key:
 
 
 def create_volume(
-    new: NewVolume, secret: Secret, providers: Providers, random: Random, shred: Secret | None = None
-) -> Unlocked:
-    """A new volume with one protector, or none if it is ephemeral, and KEK version 1.
+    new: NewVolume, secret: Secret, providers: Providers, random: Random, shred: Secret | None = None,
+    volume_id: bytes | None = None,
+) -> Unlocked:  # fmt: skip
+    """A new volume with one protector, or none if it is ephemeral, and KEK version 1. `volume_id`: None: a new one.
 
     Raises `UnsupportedFormat` for an unknown kind, `UsageError` for a wish it cannot have, `ValueError` for parameters
     out of range, and whatever the root key's holder raises.
     """
-    volume_id = random(ID_BYTES)
+    volume_id = volume_id or random(ID_BYTES)
     keks = {1: Secret(bytearray(random(KEK_BYTES)))}
     protectors: tuple[Protector, ...] = ()
     if new.protector is not None:

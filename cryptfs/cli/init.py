@@ -46,6 +46,11 @@ _MADE = ("volume", "volume.new", "state", "tree", "sidecars", "tmp")
     type=click.Path(path_type=Path),
     help="Make that secret in a new file of your own instead; without it nothing opens the volume.",
 )
+@click.option(
+    "--shred-token",
+    metavar="MODULE:TOKEN",
+    help="Keep that secret behind a new key in a PKCS#11 token: a module of agent.toml, a token's label or serial.",
+)
 @click.option("--ephemeral", is_flag=True, help="Scratch space: a new key at every mount, never stored anywhere.")
 @functools.partial(new_protector.options, beside_another=False)
 def init(
@@ -54,6 +59,7 @@ def init(
     block_size: int,
     shred_secret: bool,
     shred_keyfile: Path | None,
+    shred_token: str | None,
     ephemeral: bool,
     new: NewProtector,
 ) -> None:
@@ -66,7 +72,7 @@ def init(
     kind = PASSPHRASE if ephemeral else new.checked()
     cipher_dir = Path(os.path.realpath(dir))
     _check_empty(cipher_dir)
-    _check_together(ephemeral=ephemeral, shred_secret=shred_secret, shred_keyfile=shred_keyfile, new=new)
+    _check_together(ephemeral, [shred_secret, shred_keyfile is not None, shred_token is not None], new)
     if ephemeral:
         with ui.waiting("making the volume"), _all_or_nothing(cipher_dir):
             key_agent.create_volume(cipher_dir, VolumeWish(block_size, None))
@@ -77,7 +83,7 @@ def init(
             with (
                 ui.waiting("making the volume"),
                 _all_or_nothing(cipher_dir),
-                _shredding(shred_secret, shred_keyfile) as shredding,
+                _shredding(shred_secret, shred_keyfile, shred_token) as shredding,
             ):
                 key_agent.create_volume(cipher_dir, VolumeWish(block_size, made.wish, **shredding))
             made.kept(parse_volume(read_volume_file(cipher_dir)).volume_id)
@@ -86,22 +92,28 @@ def init(
     ui.done(f"{cipher_dir} is a volume now; `cryptfs mount {cipher_dir} MOUNTPOINT` shows what is in it")
 
 
-def _check_together(*, ephemeral: bool, shred_secret: bool, shred_keyfile: Path | None, new: NewProtector) -> None:
+def _check_together(ephemeral: bool, places: list[bool], new: NewProtector) -> None:
+    """`places`: whether each way to keep a shred secret was given."""
     from cryptfs.errors import UsageError
 
-    if shred_secret and shred_keyfile is not None:
-        raise UsageError("--shred-secret and --shred-keyfile: the secret can be in one place only")
-    if ephemeral and (shred_secret or shred_keyfile is not None):
+    if sum(places) > 1:
+        raise UsageError("--shred-secret, --shred-keyfile and --shred-token: the secret can be in one place only")
+    if ephemeral and any(places):
         raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
     if ephemeral and new.secret_options():
         raise UsageError("an ephemeral volume has no protector: its key is never stored")
 
 
 @contextlib.contextmanager
-def _shredding(by_agent: bool, keyfile: Path | None) -> Iterator[dict[str, Any]]:
+def _shredding(by_agent: bool, keyfile: Path | None, token: str | None = None) -> Iterator[dict[str, Any]]:
     """What a `VolumeWish` says of the shred secret; a key file made for it is removed again if what follows fails."""
     from cryptfs.cli import shred_secret
 
+    if token is not None:
+        module, _, name = token.partition(":")
+        wish, pin = {"module": module, "token": name}, shred_secret.ask_pin(name)
+        yield {"shred_kind": shred_secret.TOKEN, "shred_params": wish, "shred_secret": pin}
+        return
     if keyfile is None:
         yield {"shred_kind": shred_secret.AGENT} if by_agent else {}
         return

@@ -186,15 +186,15 @@ def keep(volume_id: bytes, *, keep: bool) -> None:
     _ask_running(request, None)
 
 
-def shred(volume_id: bytes) -> bool:
-    """Have the agent destroy the shred secret it keeps for a volume, and forget its key; whether there was one.
+def shred(volume_file: bytes, given: bytes) -> bool:
+    """Have the agent destroy a volume's shred secret and forget its key; whether there was one. `given`: a token's PIN.
 
     Starts an agent if none runs: it alone answers for its state directory. Raises `AgentUnavailable`, `VolumeBusy`,
     `AuditUnavailable`.
     """
     from cryptfs.keys import edit_requests
 
-    return ask(lambda client: edit_requests.shred(client, volume_id))
+    return ask(lambda client: edit_requests.shred(client, volume_file, given))
 
 
 def stop() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cryptfs import __version__
-from cryptfs.cli import passphrase, ui
+from cryptfs.cli import passphrase, shred_secret, ui
 from cryptfs.errors import CryptfsError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 0
     try:
         passphrase.claim_environment()
+        shred_secret.claim_environment()
         with _termination_raises():
             result = cli.main(words, prog_name="cryptfs", standalone_mode=False)
             sys.stdout.flush()

@@ -38,20 +38,21 @@ def shred(dir: Path, *, yes: bool) -> None:  # noqa: A002
         _ask(cipher_dir)
     with editing(cipher_dir) as edit, ui.waiting("destroying the keys"):
         _check_idle(cipher_dir, volume)
-        _destroy_secret(volume)
+        _destroy_secret(volume, edit.data)
         edit.overwrite()
     ui.done(f"{cipher_dir} is shredded: what lies there is noise, and can be removed")
 
 
-def _destroy_secret(volume: Volume) -> None:
+def _destroy_secret(volume: Volume, volume_file: bytes) -> None:
     from cryptfs.cli import key_agent, shred_secret
 
     path = shred_secret.path_of(volume)
-    if path is not None and path.exists():
+    given = b""
+    if path is None or path.exists():
         # What is no secret of this kind is not ours to overwrite.
-        shred_secret.read(volume)
+        given = shred_secret.read(volume)
     # The agent first, as it refuses if somebody has mounted the volume meanwhile.
-    destroyed = key_agent.shred(volume.volume_id)
+    destroyed = key_agent.shred(volume_file, given)
     if path is not None:
         destroyed = shred_secret.destroy(path)
     if volume.shred is not None and not destroyed:
@@ -71,8 +72,12 @@ def _check_idle(cipher_dir: Path, volume: Volume) -> None:
 
 
 def _say_what_goes(cipher_dir: Path, volume: Volume) -> None:
+    from datetime import UTC, datetime
+
     from cryptfs.cli import shred_secret
 
+    made = datetime.fromtimestamp(volume.created_s, UTC)
+    ui.note(f"{cipher_dir} says it is volume {volume.volume_id.hex()}, made on {made:%Y-%m-%d}")
     if volume.ephemeral:
         ui.note("an ephemeral volume: its key was never stored anywhere, only its `volume` file is removed")
     elif volume.shred is None:
@@ -84,6 +89,9 @@ def _say_what_goes(cipher_dir: Path, volume: Volume) -> None:
     elif volume.shred.kind == shred_secret.KEYFILE:
         where = shred_secret.path_of(volume)
         ui.warning(f"the shred secret in {where} is destroyed; copies of that file are yours to destroy")
+    elif volume.shred.kind == shred_secret.TOKEN:
+        token = volume.shred.params.get("token_label")
+        ui.warning(f"the key in the token {token!r} is destroyed: nothing opens the volume or a copy of it any more")
     else:
         ui.warning("the shred secret on this machine is destroyed: nothing opens the volume or a copy of it any more")
 

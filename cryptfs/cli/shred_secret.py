@@ -1,7 +1,8 @@
-"""Where a volume's shred secret is kept outside the agent: a key file of 32 bytes, whose path the volume names.
+"""Where a volume's shred secret is kept outside the agent: in a key file of 32 bytes, or behind a key in a token.
 
-The path is a convenience and proves nothing: what the file holds is checked against the volume by the agent.
-`CRYPTFS_SHRED_KEYFILE` names another one, for a medium that is mounted elsewhere today.
+The volume names the file's path, which is a convenience and proves nothing: what the file holds is checked against the
+volume by the agent. `CRYPTFS_SHRED_KEYFILE` names another one, for a medium that is mounted elsewhere today. A token's
+PIN is asked for, or stands in `CRYPTFS_SHRED_PIN` (tests, containers).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 AGENT = "agent"
 KEYFILE = "keyfile"
+TOKEN = "pkcs11"  # noqa: S105 - a kind of place
 ENVIRONMENT_VARIABLE = "CRYPTFS_SHRED_KEYFILE"
+PIN_VARIABLE = "CRYPTFS_SHRED_PIN"
 SECRET_BYTES = 32
 
 
@@ -31,9 +34,14 @@ def path_of(volume: Volume) -> Path | None:
 
 
 def read(volume: Volume) -> bytes:
-    """The secret for the agent, which keeps the others itself: empty for those. Raises `ShredSecretMissing`."""
+    """What the agent needs to have the secret: a key file's content, a token's PIN; empty if it keeps it itself.
+
+    Raises `ShredSecretMissing`, `UsageError` if a PIN is needed and nobody can be asked.
+    """
     if volume.shred is None or volume.shred.kind == AGENT:
         return b""
+    if volume.shred.kind == TOKEN:
+        return ask_pin(str(volume.shred.params.get("token_label", "")))
     path = path_of(volume)
     if path is None:
         raise ShredSecretMissing(
@@ -50,6 +58,23 @@ def read(volume: Volume) -> bytes:
     if len(secret) != SECRET_BYTES or not any(secret):
         raise ShredSecretMissing(f"{path} is no shred secret: those have {SECRET_BYTES} bytes")
     return secret
+
+
+def ask_pin(token: str) -> bytes:
+    """The PIN of the token that has the shred secret. Raises `UsageError` if nobody can be asked."""
+    from cryptfs.cli import passphrase
+
+    given = _pin_from_environment
+    return given if given is not None else passphrase.ask(f"PIN of the token {token!r}, which has the shred secret: ")
+
+
+def claim_environment() -> None:
+    """Move the PIN out of the environment, so that no child inherits it; as `passphrase.claim_environment`."""
+    global _pin_from_environment  # noqa: PLW0603  the environment is one per process
+    _pin_from_environment = os.environb.pop(PIN_VARIABLE.encode(), None)
+
+
+_pin_from_environment: bytes | None = None
 
 
 def make(path: Path) -> bytes:

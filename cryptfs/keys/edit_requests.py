@@ -116,9 +116,13 @@ async def commit(client: AgentClient, volume_id: bytes, volume: bytes) -> int:
         return get_int(result, "kek_version")
 
 
-async def shred(client: AgentClient, volume_id: bytes) -> bool:
-    """Destroy the shred secret that the agent keeps, and lock the volume; whether there was one."""
-    result = await client.request("shred", {"volume_id": volume_id})
+async def shred(client: AgentClient, volume: bytes, shred_secret: bytes = b"") -> bool:
+    """Destroy the shred secret that the agent or a token keeps, and lock the volume; whether there was one.
+
+    `shred_secret`: the token's PIN. Raises `VolumeBusy` while it is mounted, `ShredSecretMissing`, what a token raises.
+    """
+    args = {"volume": volume, "shred_secret": shred_secret}
+    result = await client.request("shred", args, patience_ticks=KDF_PATIENCE_TICKS)
     return bool(result.get("destroyed"))
 
 

@@ -33,6 +33,11 @@ class AbsentProvider:
         del params, secret
         raise BackendUnavailable(self._why)
 
+    def destroy(self, params: Mapping[str, int | str | bytes], secret: Buffer) -> NoReturn:
+        """Raises `BackendUnavailable`."""
+        del params, secret
+        raise BackendUnavailable(self._why)
+
     def describe(self, params: Mapping[str, int | str | bytes]) -> str:
         """That it is not available here."""
         del params

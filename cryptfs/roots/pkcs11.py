@@ -153,6 +153,20 @@ class Pkcs11Provider:
             raise
         return root
 
+    def destroy(self, params: Mapping[str, int | str | bytes], secret: Buffer) -> None:
+        """Destroy the key in the token, for good. Raises as `open`; `Denied` if the token does not let us."""
+        checked = parse_pkcs11(params)
+        name = (checked.token_label, checked.token_serial)
+        root = self.open(params, secret)
+        try:
+            with self._tokens.writing_session(checked.module, name) as session:
+                try:
+                    cast("pkcs11.Object", _found(session, checked.key_id)).destroy()
+                except (pkcs11.TokenWriteProtected, pkcs11.SessionReadOnly):
+                    raise Denied("the token does not let its key be destroyed: use its own tools") from None
+        finally:
+            root.close()
+
     def describe(self, params: Mapping[str, int | str | bytes]) -> str:
         """For example ``aes-256-gcm in the token 'work' (serial number 4711), module softhsm``."""
         checked = parse_pkcs11(params)

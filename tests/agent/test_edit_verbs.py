@@ -134,11 +134,11 @@ async def test_a_shred_secret_kept_by_the_agent(serve_here: ServeHere) -> None:
         await edits.commit(client, volume_id, both)
         await client.lock(volume_id)
         await client.unlock(volume=both, cipher_dir="/c", secret=b"two")
-        assert await edits.shred(client, volume_id)
+        assert await edits.shred(client, both)
         for file, secret in ((data, b"one"), (both, b"one"), (both, b"two")):
             with pytest.raises(ShredSecretMissing):
                 await client.unlock(volume=file, cipher_dir="/c", secret=secret)
-        assert not await edits.shred(client, volume_id)
+        assert not await edits.shred(client, both)
 
 
 async def test_the_policys_times_hold_unless_others_are_given(serve_here: ServeHere) -> None:

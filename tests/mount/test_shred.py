@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.mount.box import PASSPHRASE, Box, boxed
+from tests.softhsm import MODULE, PIN, SoftHsm
 
 SHRED_SECRET_MISSING = 29
 BUSY = 14
+DENIED = 23
+BACKEND_AWAY = 30
 NOT_A_VOLUME = 10
 USAGE = 2
 
@@ -162,3 +165,26 @@ def test_ephemeral_and_shred_secret_do_not_go_together(bare: Box) -> None:
     passfile.chmod(0o600)
     bare.run("init", "--ephemeral", "--passfile", passfile, bare.vault, code=USAGE)
     assert not bare.vault.exists()
+
+
+def test_a_shred_secret_in_a_token(bare: Box) -> None:
+    hsm = SoftHsm(bare.root / "hsm").set_up()
+    hsm.make_token("shredding")
+    pin = {"CRYPTFS_SHRED_PIN": PIN}
+    init = ("init", "--kdf-cost", "low", "--shred-token", f"{MODULE}:shredding", bare.vault)
+    assert "agent.toml" in bare.run(*init, code=BACKEND_AWAY, env=pin).stderr
+    assert not bare.vault.exists()
+    config = bare.root / "c" / "cryptfs"
+    config.mkdir(parents=True)
+    (config / "agent.toml").write_text(hsm.agent_toml())
+    bare.run(*init, env=pin)
+    bare.run("mount", bare.vault, bare.clear, env=pin)
+    (bare.clear / "records").write_bytes(b"customer 4711\n")
+    bare.umount()
+    copy = bare.root / "yesterday"
+    shutil.copytree(bare.vault, copy, symlinks=True)
+    assert "PIN" in bare.run("unlock", bare.vault, code=13, env={"CRYPTFS_SHRED_PIN": "000000"}).stderr
+    bare.run("unlock", bare.vault, code=USAGE)
+    bare.run("shred", "--yes", bare.vault, env=pin)
+    put_back(bare, copy)
+    assert "not in the token any more" in bare.run("unlock", bare.vault, code=DENIED, env=pin).stderr
