@@ -56,7 +56,7 @@ def _locked(volume_id: bytes) -> bool:
     if outcome.unwritten is None:
         raise hinted(
             StoreFailed("the volume is locked, but its mount did not say in time that everything is written"),
-            "see the daemon's log; what it could not write it keeps until `cryptfs unlock`",
+            "what it could not write it keeps until `cryptfs unlock`" + _how_to_end_it(volume_id),
         )
     if outcome.unwritten:
         raise hinted(
@@ -64,6 +64,16 @@ def _locked(volume_id: bytes) -> bool:
             "they wait in memory: make room, then `cryptfs unlock`",
         )
     return outcome.was_unlocked
+
+
+def _how_to_end_it(volume_id: bytes) -> str:
+    """For a daemon that hangs: programs may still see what the kernel has cached."""
+    from cryptfs.cli import key_agent
+
+    volume = key_agent.find(volume_id)
+    if volume is None or volume.daemon_pid is None:
+        return ""
+    return f"; if it hangs, `kill -9 {volume.daemon_pid}` ends all access at once, and what it keeps is lost"
 
 
 def _volume_id_of(path: Path) -> bytes:

@@ -117,10 +117,7 @@ async def _serve(args: DaemonArgs) -> bool:
             session.mount()
             guarding = Guarding(session)
             nursery.start_soon(guarding.serve)
-            gc.collect()
-            gc.freeze()
-            # Requests make no reference cycles; scanning for them now and then is enough.
-            gc.set_threshold(100_000, 20, 50)
+            _collect_seldom()
             nursery.start_soon(volume.serve)
             nursery.start_soon(locking.serve, link, keys, volume, session)
             nursery.start_soon(_stop_on_signal, session)
@@ -138,6 +135,13 @@ async def _serve(args: DaemonArgs) -> bool:
     store.close_store()
     log.info("unmounted")
     return clean
+
+
+def _collect_seldom() -> None:
+    gc.collect()
+    gc.freeze()
+    # Requests make no reference cycles; scanning for them now and then is enough.
+    gc.set_threshold(100_000, 20, 50)
 
 
 async def _attach(link: AgentLink) -> None:
