@@ -1,8 +1,9 @@
 """What a policy costs a reader, and what counting costs: ``python -m scripts.policy_cost [--rounds N] [--mib N]``.
 
 One volume, one file, mounted anew with each policy in turns. *Cold*: the first read, by a mount that has no key.
-*Warm*: the second, the kernel's pages dropped in between, so the daemon is asked for every block again. Prints medians
-and their ratios to the default policy's. Then the cache's hot path with its counter and without it, in this process.
+*Warm*: the second, the kernel's pages dropped in between, so the daemon is asked for every block again. *Random*: then
+4 KiB each from all over the file, its pages dropped again. Prints medians and their ratios to the default policy's.
+Then the cache's hot path with its counter and without it, in this process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import functools
 import inspect
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -35,6 +37,7 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "--no-cache": ("--no-cache",),
     "--max-age 1": ("--max-age", "1"),
 }
+READS, PIECE_BYTES = 1000, 4096
 KEYS, CALLS = 64, 200
 COUNTER = "self.statistics.hits += len(out)"
 
@@ -53,6 +56,21 @@ def read_s(path: Path) -> float:
     return took_s
 
 
+def random_s(path: Path, size_bytes: int) -> float:
+    """Seconds for one read of 4 KiB, over `READS` of them; the kernel reads nothing ahead."""
+    offsets = random.Random(1)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        began = time.perf_counter()
+        for _ in range(READS):
+            os.pread(fd, PIECE_BYTES, offsets.randrange(size_bytes // PIECE_BYTES) * PIECE_BYTES)
+        took_s = time.perf_counter() - began
+    finally:
+        os.close(fd)
+    return took_s / READS
+
+
 def measure_reads(world: World, rounds: int, mib: int) -> None:
     """Each policy in turns, the order turning too."""
     world.mount()
@@ -62,18 +80,24 @@ def measure_reads(world: World, rounds: int, mib: int) -> None:
     world.umount()
     cold: dict[str, list[float]] = {name: [] for name in POLICIES}
     warm: dict[str, list[float]] = {name: [] for name in POLICIES}
+    scattered: dict[str, list[float]] = {name: [] for name in POLICIES}
     names = list(POLICIES)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             world.run("mount", *POLICIES[name], str(world.vault), str(world.mnt))
             cold[name].append(read_s(world.mnt / "file"))
             warm[name].append(read_s(world.mnt / "file"))
+            scattered[name].append(random_s(world.mnt / "file", mib << 20))
             world.umount()
     for kind, times in (("cold", cold), ("warm", warm)):
         base = statistics.median(times["default"])
         for name in POLICIES:
             median_s = statistics.median(times[name])
             print(f"{kind} {name:<13} {mib / median_s:7.0f} MiB/s  time / default's: {median_s / base:.2f}")
+    base = statistics.median(scattered["default"])
+    for name in POLICIES:
+        median_s = statistics.median(scattered[name])
+        print(f"random {name:<13} {median_s * 1e6:7.0f} us a read  time / default's: {median_s / base:.2f}")
 
 
 async def measure_counting(rounds: int) -> None:

@@ -186,3 +186,26 @@ async def test_unlocked_without_such_a_root_nothing_is_asked() -> None:
         assert root.asked == 0
         assert VOLUME not in w.reverifier
         w.reverifier.forgotten(VOLUME)
+
+
+async def test_another_interval_counts_from_now_on() -> None:
+    async with world() as w:
+        root = Root()
+        w.reverifier.held(VOLUME, Standing(root, b"wrapped", b"context"), 1000)
+        w.reverifier.set_interval(VOLUME, 30)
+        await w.at(29)
+        assert root.asked == 0
+        await w.at(1)
+        assert root.asked == 1
+        # A longer one does not put off what is due.
+        w.reverifier.set_interval(VOLUME, 1000)
+        await w.at(30)
+        assert root.asked == 2
+        await w.at(999)
+        assert root.asked == 2
+        w.reverifier.set_interval(VOLUME, None)
+        await w.at(1)
+        assert root.asked == 3
+        await w.at(reverify.DEFAULT_EVERY_S)
+        assert root.asked == 4
+        w.reverifier.set_interval(bytes(15) + b"x", 5)  # nothing is asked about it
