@@ -4,6 +4,8 @@
     reference_decrypt.py CIPHERDIR DEST [--passfile FILE]     write the plaintext tree to DEST (made; must not exist)
     reference_decrypt.py CIPHERDIR --list [--passfile FILE]   print it instead
 
+With --keyfile FILE or --recovery-file FILE it opens the volume by a key file or a recovery key.
+
 It shares no code with the program, so where the two differ, one of them misreads the format. It is slow and reads
 whole logs into memory; it changes nothing in the volume and refuses one that is mounted. Everything that can be
 verified is; what fails is named on stderr, the rest is written, and the exit status is 1. Section numbers in
@@ -33,7 +35,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESSIV
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 
 NO_ID = bytes(16)
@@ -115,11 +117,50 @@ class Keys:
             raise Damaged(f"wrapped key ({purpose})") from error
 
 
-def root_key_keks(protector: dict[str, Any], volume_id: bytes, passphrase: bytes) -> dict[int, bytes] | None:
-    """The KEKs behind a passphrase protector, or None if it does not open with `passphrase`."""
-    p = protector["params"]
-    kdf = Argon2id(salt=p["salt"], length=32, iterations=p["iterations"], lanes=p["lanes"], memory_cost=p["memory_kib"])
-    root = AESGCM(kdf.derive(passphrase))
+def root_key(kind: str, p: dict[str, Any], secret: bytes) -> bytes:
+    """The 32 bytes that wrap a protector's KEKs (§3)."""
+    if kind == "passphrase":
+        check(p["kdf"] == "argon2id", "a passphrase's KDF")
+        kdf = Argon2id(
+            salt=p["salt"], length=32, iterations=p["iterations"], lanes=p["lanes"], memory_cost=p["memory_kib"]
+        )
+        return kdf.derive(secret)
+    check(sorted(p) == ["kdf", "salt"] and p["kdf"] == "hkdf-sha256" and len(p["salt"]) == 16, f"a {kind}'s params")
+    return HKDF(algorithm=SHA256(), length=32, salt=p["salt"], info=b"cryptfs/0/" + kind.encode()).derive(secret)
+
+
+RECOVERY_CHARACTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+def recovery_key(text: str) -> bytes:
+    """The 25 bytes behind a recovery key as text (§3)."""
+    typed = text.upper().translate(str.maketrans("OIL", "011"))
+    values = [RECOVERY_CHARACTERS.index(char) for char in typed if char in RECOVERY_CHARACTERS]
+    check(len(values) == 50, "a recovery key has 50 characters")
+    # x times a value, modulo x^5 + x^2 + 1.
+    double = [value << 1 ^ (0b100101 if value & 16 else 0) for value in range(32)]
+    number = 0
+    for group in range(10):
+        total = 0
+        for value in values[5 * group : 5 * group + 5]:
+            total = double[total] ^ value  # Horner: 16, 8, 4, 2, 1 are powers of x
+        check(total == group + 1, f"group {group + 1} of the recovery key")
+        for value in values[5 * group : 5 * group + 4]:
+            number = 32 * number + value
+    return number.to_bytes(25, "big")
+
+
+@dataclass(frozen=True)
+class Secret:
+    """What opens a protector of a kind."""
+
+    kind: str
+    secret: bytes = field(repr=False)
+
+
+def root_key_keks(protector: dict[str, Any], volume_id: bytes, secret: bytes) -> dict[int, bytes] | None:
+    """The KEKs behind a protector, or None if it does not open with `secret`."""
+    root = AESGCM(root_key(protector["kind"], protector["params"], secret))
     keks = {}
     for version, wrapped in protector["keks"]:
         aad = b"cryptfs/0/protector\0" + volume_id + protector["id"] + struct.pack(">I", version)
@@ -134,7 +175,7 @@ VOLUME_KEYS = ["block_size", "created_s", "features", "kek_version", "policy", "
 VOLUME_KEYS += ["root_dir_id", "serial", "shred", "volume_id", "volume_key"]
 
 
-def read_volume(raw: bytes, passphrase: bytes) -> tuple[Keys, bytes]:
+def read_volume(raw: bytes, given: Secret) -> tuple[Keys, bytes]:
     """(keys, root directory's id)."""
     check(raw[:8] == b"CRYPTFS\0" and len(raw) >= 48, "no volume file")
     version, zero, length = struct.unpack_from(">HHI", raw, 8)
@@ -149,11 +190,11 @@ def read_volume(raw: bytes, passphrase: bytes) -> tuple[Keys, bytes]:
     check(is_int(size, 4096, 1 << 20) and size & (size - 1) == 0, "block size")
     check(len(body["volume_id"]) == len(body["root_dir_id"]) == 16, "ids")
     candidates = (
-        root_key_keks(p, body["volume_id"], passphrase) for p in body["protectors"] if p["kind"] == "passphrase"
+        root_key_keks(p, body["volume_id"], given.secret) for p in body["protectors"] if p["kind"] == given.kind
     )
     keks = next((found for found in candidates if found is not None), None)
     if keks is None:
-        sys.exit("error: no protector opens with this passphrase")
+        sys.exit(f"error: no protector opens with this {given.kind}")
     keys = Keys(body["volume_id"], keks)
     keys.block_size = size
     mac_key = keys.wrapping_key("volume-mac", NO_ID, body["kek_version"])
@@ -756,6 +797,19 @@ def set_attributes(dest_fd: int, name: bytes, info: os.stat_result, xattrs: byte
     os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns), follow_symlinks=False)
 
 
+def read_secret(args: argparse.Namespace) -> Secret:
+    """What the options name."""
+    if args.keyfile:
+        return Secret("keyfile", args.keyfile.read_bytes())
+    if args.recovery_file:
+        lines = args.recovery_file.read_text().splitlines()
+        try:
+            return Secret("recovery", recovery_key("".join(line for line in lines if not line.startswith("#"))))
+        except Damaged as error:
+            sys.exit(f"error: {error}")
+    return Secret("passphrase", read_passphrase(args.passfile))
+
+
 def read_passphrase(passfile: Path | None) -> bytes:
     """The passphrase's bytes, without the newline that ends the file."""
     return passfile.read_bytes().removesuffix(b"\n") if passfile else getpass.getpass().encode()
@@ -768,14 +822,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dest", type=Path, nargs="?")
     parser.add_argument("--list", action="store_true", help="print the tree instead of writing it")
     parser.add_argument("--passfile", type=Path, help="file that holds the passphrase; asked for if missing")
+    parser.add_argument("--keyfile", type=Path, help="a key file instead")
+    parser.add_argument("--recovery-file", type=Path, help="file that holds a recovery key instead")
     args = parser.parse_args(argv)
     if args.list == (args.dest is not None):
         parser.error("give either DEST or --list")
     with contextlib.ExitStack() as stack:
-        return decrypt_volume(args.cipher_dir, args.dest, read_passphrase(args.passfile), stack)
+        return decrypt_volume(args.cipher_dir, args.dest, read_secret(args), stack)
 
 
-def decrypt_volume(cipher_dir: Path, dest: Path | None, passphrase: bytes, stack: contextlib.ExitStack) -> int:
+def decrypt_volume(cipher_dir: Path, dest: Path | None, given: Secret, stack: contextlib.ExitStack) -> int:
     """The whole work; returns the exit status. `stack` closes the descriptors."""
 
     def open_dir(path: Path) -> int:
@@ -785,7 +841,7 @@ def decrypt_volume(cipher_dir: Path, dest: Path | None, passphrase: bytes, stack
 
     try:
         fcntl.flock(open_dir(cipher_dir), fcntl.LOCK_SH | fcntl.LOCK_NB)
-        keys, root_id = read_volume((cipher_dir / "volume").read_bytes(), passphrase)
+        keys, root_id = read_volume((cipher_dir / "volume").read_bytes(), given)
         unclean = read_state((cipher_dir / "state").read_bytes(), keys)
         tree_fd = open_dir(cipher_dir / "tree")
         root = need(read_directory(read_at(tree_fd, b".dir"), root_id, keys, unclean), "root directory's log")

@@ -89,7 +89,9 @@ def secrets_of(vault: Path, passphrase: bytes, scratch: Path) -> dict[bytes, str
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
             patch.setattr(reference, "Keys", Kept)
             patch.setattr(reference, "Argon2id", KeptKdf)
-            reference.decrypt_volume(scratch / "vault", scratch / "clear", passphrase, stack)
+            reference.decrypt_volume(
+                scratch / "vault", scratch / "clear", reference.Secret("passphrase", passphrase), stack
+            )
     finally:
         shutil.rmtree(scratch)
     return secrets
