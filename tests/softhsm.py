@@ -45,8 +45,8 @@ class SoftHsm:
             f'[pkcs11.modules]\n{MODULE} = "{MODULE_PATH}"\n'
         )
 
-    def make_token(self, label: str) -> None:
-        self._util("--init-token", "--free", "--label", label, "--so-pin", SO_PIN, "--pin", PIN)
+    def make_token(self, label: str, pin: str = PIN) -> None:
+        self._util("--init-token", "--free", "--label", label, "--so-pin", SO_PIN, "--pin", pin)
 
     def delete_token(self, label: str) -> None:
         self._util("--delete-token", "--token", label)

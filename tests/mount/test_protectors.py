@@ -15,7 +15,9 @@ from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import open_agent
 from cryptfs.keys.edit_requests import commit, set_policy
 from cryptfs.ops.volume_file import editing
+from scripts import reference_decrypt as reference
 from tests.mount.box import Box
+from tests.mount.memory import found_in
 from tests.mount.syscalls import refused
 from tests.softhsm import PIN, SoftHsm
 
@@ -138,3 +140,35 @@ def test_a_token_that_cannot_be_seen_locks_and_opens_again_when_it_is_back(box: 
     box.run_without_passphrase("unlock", "--protector", "pkcs11", box.vault, env={"CRYPTFS_PIN": PIN})
     assert (box.clear / "file").read_bytes() == CONTENT
     box.umount()
+
+
+def test_no_secret_stays_in_the_agents_memory(root: None, box: Box, token: SoftHsm) -> None:
+    """Of a key file, a recovery key and a PIN, and of the root keys behind them: while unlocked, and after `lock`."""
+    keyfile, paper, pin = box.root / "key", box.root / "paper", "a PIN that is long enough to be found"
+    token.make_token("long", pin)
+    box.run("agent", "run")
+    box.run("protector", "add", box.vault, "--new-keyfile", keyfile)
+    box.run("protector", "add", box.vault, "--kind", "recovery", "--out", paper)
+    box.run("protector", "add", box.vault, "--token", "long", env={"CRYPTFS_NEW_PIN": pin})
+    recovery = reference.recovery_key(paper.read_text().splitlines()[-1])
+    secrets = {keyfile.read_bytes(): "key file", recovery: "recovery key", pin.encode(): "PIN"}
+    for protector in parse_volume((box.vault / "volume").read_bytes()).protectors:
+        secret = {"keyfile": keyfile.read_bytes(), "recovery": recovery}.get(protector.kind)
+        if secret is not None:
+            secrets[reference.root_key(protector.kind, dict(protector.params), secret)] = (
+                f"root key of {protector.kind}"
+            )
+    assert len(secrets) == 5
+    [agent] = box.agent_pids()
+    volume_id = parse_volume((box.vault / "volume").read_bytes()).volume_id
+    for options, env in (
+        (("--keyfile", keyfile), {}),
+        (("--recovery-file", paper), {}),
+        (("--protector", "pkcs11"), {"CRYPTFS_PIN": pin}),
+    ):
+        box.run_without_passphrase("unlock", *options, box.vault, env=env)
+        while_unlocked = found_in(agent, secrets)
+        assert found_in(agent, {volume_id: "volume id"}), "the search would find nothing anywhere"
+        box.run("lock", box.vault)
+        assert (options[0], while_unlocked, found_in(agent, secrets)) == (options[0], {}, {})
+    box.run("agent", "stop")
