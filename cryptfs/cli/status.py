@@ -44,7 +44,7 @@ def _cache_line(volume: dict[str, Any]) -> str:
         f"{cache['round_trips']} round trips"
     )
     if volume["overridden"]:
-        from cryptfs.cli.policy import LABELS, shown
+        from cryptfs.cli.policy_fields import LABELS, shown
 
         said = [f"{LABELS[name]} {shown(name, volume['policy'][name])}" for name in volume["overridden"]]
         line += f"; {', '.join(said)} by the mount's options"
@@ -86,7 +86,7 @@ def _volumes() -> list[dict[str, Any]]:
 def _add_reports(volumes: list[dict[str, Any]]) -> None:
     """What the agent and the daemons say of policies and caches."""
     from cryptfs.cli import key_agent
-    from cryptfs.cli.policy import effective
+    from cryptfs.cli.policy_fields import effective
     from cryptfs.format.policy import NO_POLICY
 
     reports = key_agent.reports() if volumes else {}

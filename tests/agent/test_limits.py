@@ -322,6 +322,25 @@ async def test_while_it_is_locked_its_daemon_is_not_limited(serve_here: ServeHer
             await daemon.locked(volume_id, 0)
 
 
+async def test_a_daemon_that_leaves_takes_its_waiting_requests_along(serve_here: ServeHere) -> None:
+    async with serve_here() as served, open_agent(served.path, linger=False) as client, trio.open_nursery() as n:
+        volume_id, data = await create(client)
+        await client.keep(volume_id, keep=True)
+        _, _, wrapped = await client.generate(volume_id, LOG_ID, "block", 2)
+        limit(served.server, volume_id, 1)
+        async with open_agent(served.path, role="daemon", linger=False) as daemon:
+            await attach(daemon, volume_id, data)
+            await client.keep(volume_id, keep=True)
+            await daemon.unwrap(volume_id, [(LOG_ID, "block", 1, wrapped, 0)])
+            ended = [await in_the_background(n, daemon, volume_id, wrapped) for _ in range(3)]
+        await settled(lambda: served.server.connections == 1)
+        await settled(lambda: ended == [["AgentUnavailable"]] * 3)
+        mine = await in_the_background(n, client, volume_id, wrapped)
+        assert mine == []
+        limit(served.server, volume_id, None)
+        await settled(lambda: mine == ["served"])
+
+
 async def test_more_requests_may_wait_than_a_daemon_ever_has(serve_here: ServeHere) -> None:
     async with serve_here() as served, open_agent(served.path) as client:
         volume_id, _ = await create(client)

@@ -13,7 +13,7 @@ import pytest
 from cryptfs.cli.mounts import wait_until
 from tests.mount.box import Box
 from tests.mount.syscalls import drop_pages
-from tests.mount.test_envelope import opened
+from tests.mount.test_envelope import fails_with_enokey, opened
 
 pytestmark = pytest.mark.mount
 
@@ -158,3 +158,19 @@ def test_a_daemon_that_hangs_has_no_report(mounted: Box) -> None:
     assert volume["cache"] is None
     assert volume["state"] == "unlocked"
     assert wait_until(lambda: status(box)["cache"] is not None, 10)
+
+
+def test_without_the_agent_keys_live_as_long_as_the_policy_of_that_moment_says(mounted: Box) -> None:
+    box, file = mounted, mounted.clear / "file"
+    file.write_bytes(CONTENT)
+    box.run("policy", box.vault, "--max-age", "2s")
+    with opened(file) as fd:
+        assert read_uncached(fd) == CONTENT
+        box.kill_agent()
+        started = time.monotonic()
+
+        assert wait_until(lambda: fails_with_enokey(lambda: read_uncached(fd)), 30)
+        assert time.monotonic() - started < 20, "the default would be 60 s"
+        box.unlock()
+        assert read_uncached(fd) == CONTENT
+    assert status(box)["policy"]["max_age_s"] == 2
