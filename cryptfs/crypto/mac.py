@@ -16,7 +16,7 @@ def mac(key: Buffer, *parts: Buffer) -> bytes:
     return hmac.digest(key, b"".join(parts), "sha256")
 
 
-def same(a: bytes, b: bytes) -> bool:
+def same(a: Buffer, b: Buffer) -> bool:
     """Comparison in constant time."""
     return hmac.compare_digest(a, b)
 

@@ -128,9 +128,12 @@ class FsContext:
         Raises `Damaged("wrap")` if that is another key, or none; key errors. Then nothing has changed.
         """
         run = KeyRun(bytes(16), Purpose.VOLUME, kek_version, (wrapped,))
-        theirs = bytes((await self.keys.unwrap([run]))[0][0])
-        if not same(theirs, bytes(await self.volume_key())):
-            raise Damaged("wrap", "the volume file has another volume key")
+        theirs = bytearray((await self.keys.unwrap([run]))[0][0])  # outlives the next await
+        try:
+            if not same(theirs, await self.volume_key()):
+                raise Damaged("wrap", "the volume file has another volume key")
+        finally:
+            theirs[:] = bytes(len(theirs))
         self.config = replace(self.config, volume_key_kek=kek_version, volume_key_wrapped=wrapped)
 
     def sign_header(self, volume_key: memoryview, header: DataHeader) -> bytes:

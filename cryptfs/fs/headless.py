@@ -18,7 +18,7 @@ from cryptfs.fs.recovery import authentic_in
 from cryptfs.fs.sealed_log import Replay, authenticate, parse, read_log
 from cryptfs.fs.state import FileState
 from cryptfs.ports import KeyRun
-from cryptfs.types import Purpose
+from cryptfs.types import Buffer, Purpose
 
 
 async def is_still(ctx: FsContext, dir_fd: int, name: bytes, file_id: bytes) -> bool:
@@ -62,7 +62,7 @@ async def _sidecar(ctx: FsContext, file_id: bytes) -> Replay | None:
     return replayed if replayed.heads else None
 
 
-def give_header(ctx: FsContext, volume_key: bytes, dir_fd: int, name: bytes, file_id: bytes) -> None:
+def give_header(ctx: FsContext, volume_key: Buffer, dir_fd: int, name: bytes, file_id: bytes) -> None:
     """Make it the new, empty file it is, under an id that all its names will find in it.
 
     What its owner may not write stays as it is until it is written.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from cryptfs.crypto.siv import NameCipher
@@ -28,7 +29,7 @@ from cryptfs.fs.sealed_log import parse, read_log
 from cryptfs.fs.symlink import decode_target_text
 from cryptfs.names import DIR_LOG, is_long, sealed_from_tree, tree_name
 from cryptfs.ports import Store
-from cryptfs.types import ID_BYTES, Kind
+from cryptfs.types import ID_BYTES, Buffer, Kind
 
 KIND_OF_MODE = {
     stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.DIR, stat.S_IFLNK: Kind.SYMLINK, stat.S_IFIFO: Kind.FIFO,
@@ -126,7 +127,18 @@ async def reconcile(node: DirNode) -> None:
         if found.kind == Kind.FILE and not any(found.proof) and name in known and known[name].kind == Kind.FILE
         and await is_still(ctx, node.fd, name, known[name].log_id)
     }  # fmt: skip
-    judge = _Judge(node, bytes(await ctx.volume_key()), (await node.keys()).names, headless)
+    names = (await node.keys()).names
+    volume_key = bytearray(await ctx.volume_key())  # outlives awaits, and with them the cache's
+    try:
+        await _settle(node, tree, unread, _Judge(node, volume_key, names, headless))
+    finally:
+        volume_key[:] = bytes(len(volume_key))
+
+
+async def _settle(node: DirNode, tree: Mapping[bytes, Found], unread: Container[bytes], judge: _Judge) -> None:
+    """`tree`: what lies in the directory, by name. `unread`: names of what may not be read."""
+    ctx = node.ctx
+    known = {tree_name(sealed): entry for sealed, entry in node.entries.items()}
     # What may not be read (its mode says so) stays what the log says it is.
     gone = [entry.sealed for name, entry in known.items() if name not in tree and name not in unread]
     changed: list[Entry] = []
@@ -185,7 +197,7 @@ class _Judge:
     `newborn_files` and `newborn_dirs` ((name, id)) want work afterwards.
     """
 
-    def __init__(self, node: DirNode, volume_key: bytes, names: NameCipher, headless: set[bytes]) -> None:
+    def __init__(self, node: DirNode, volume_key: Buffer, names: NameCipher, headless: set[bytes]) -> None:
         self.ctx = node.ctx
         self.node = node
         self.volume_key = volume_key
