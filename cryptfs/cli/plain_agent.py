@@ -16,6 +16,8 @@ from cryptfs.format.agent_msg import AnswerDecoder, Failure, Reply, encode_reque
 T = TypeVar("T")
 
 PATIENCE_S = 30.0
+ATTEMPTS = 4
+"""An agent that is ending hangs up on connections it has, then on those that wait to be accepted, then is gone."""
 _RECV_BYTES = 64 << 10
 
 
@@ -25,14 +27,16 @@ def ask(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], 
     Raises `AgentUnavailable` if it does not answer or answers rubbish (`read` raises `ProtocolError`), `NotPermitted`,
     `CryptfsError` if it refuses.
     """
-    try:
-        result = _ask_once(verb, args)
-    except (ConnectionError, EOFError):
-        # It was ending just then: it never took the request, or locked everything before it could say so.
+    why: Exception | None = None
+    for _attempt in range(ATTEMPTS):
         try:
             result = _ask_once(verb, args)
+            break
         except (ConnectionError, EOFError) as error:
-            raise AgentUnavailable(f"the key agent does not answer: {error}") from None
+            # It was ending just then: it never took the request, or locked everything before it could say so.
+            why = error
+    else:
+        raise AgentUnavailable(f"the key agent does not answer: {why}")
     try:
         return otherwise if result is None else read(result)
     except ProtocolError as error:
