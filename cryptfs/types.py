@@ -39,6 +39,14 @@ def epoch_of(generation: int) -> int:
     return generation >> EPOCH_SHIFT
 
 
+DOMAINS_DIR = "domains"
+"""Where the cipher directories of a volume's domains lie, each under its volume id in hexadecimal (FORMAT.md §2)."""
+DOMAIN_ASIDE = ".aside"
+"""Ends such a name while the domain is made or removed."""
+DOMAIN_XATTR = b"system.cryptfs.domain"
+"""Of a domain's place in a mount: its volume id in hexadecimal. Setting it makes an empty directory that place."""
+
+
 class Purpose(enum.StrEnum):
     """What a wrapped key is for: part of HKDF's info, so no key can pose as one of another kind (FORMAT.md §1)."""
 

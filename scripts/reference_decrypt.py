@@ -9,7 +9,8 @@ With --keyfile FILE or --recovery-file FILE it opens the volume by a key file or
 It shares no code with the program, so where the two differ, one of them misreads the format. It is slow and reads
 whole logs into memory; it changes nothing in the volume and refuses one that is mounted. Everything that can be
 verified is; what fails is named on stderr, the rest is written, and the exit status is 1. Section numbers in
-comments are those of FORMAT.md.
+comments are those of FORMAT.md. A domain (§6) is named and left out: it is a volume of its own, in
+CIPHERDIR/domains, to be decrypted by itself.
 """
 
 from __future__ import annotations
@@ -407,6 +408,7 @@ class Directory:
     special: dict[bytes, bytes]
     xattrs: Any
     touched_by_crash: bool
+    domain: bytes = b""
 
 
 def read_directory(raw: bytes, dir_id: bytes, keys: Keys, unclean: Unclean) -> Directory | None:
@@ -418,9 +420,10 @@ def read_directory(raw: bytes, dir_id: bytes, keys: Keys, unclean: Unclean) -> D
     said: dict[bytes, set[Entry]] = {}
     special: dict[bytes, bytes] = {}
     xattrs: Any = None
+    domain = b""
     for frame in log.frames:
         payload = need(frame.payload, ".dir payload")
-        check(set(payload) <= {"e", "d", "x"}, "payload's keys")
+        check(set(payload) <= {"e", "d", "x", "v"}, "payload's keys")
         if frame.kind == SNAPSHOT:
             for name, entry in entries.items():
                 said.setdefault(name, set()).add(entry)
@@ -438,11 +441,15 @@ def read_directory(raw: bytes, dir_id: bytes, keys: Keys, unclean: Unclean) -> D
             entries[name] = Entry(kind, entry_id if kind <= SYMLINK else NO_ID, rdev)
         if "x" in payload:
             xattrs = payload["x"]
+        if "v" in payload:
+            domain = payload["v"]
+            check(isinstance(domain, bytes) and len(domain) == 16, "domain's id")
+        check(not domain or not entries, "entries in a domain's place")
         check(frame.size == len(entries), "number of entries")
         check(frame.first == frame.end == 0, "block range of a directory")
         if frame.generation <= log.durable_up_to or not unclean.has(frame.generation):
             said.clear()  # the tree has had all this for certain
-    return Directory(log, entries, said, special, xattrs, unclean.since(log.last))
+    return Directory(log, entries, said, special, xattrs, unclean.since(log.last), domain)
 
 
 def tree_name(sealed: bytes) -> bytes:
@@ -718,6 +725,9 @@ class Volume:
                 xattrs = replay(special_log.frames, self.keys.block_size).xattrs
             if not self.listing:
                 os.mknod(name, info.st_mode, info.st_rdev, dir_fd=dest_fd)
+        if found.directory and found.directory.domain:
+            note = b" (domain " + found.directory.domain.hex().encode() + b")"
+            print(f"left out: {path.decode(errors='backslashreplace')}{note.decode()}", file=sys.stderr)
         if self.listing:
             print(stat.filemode(info.st_mode), os.fsdecode(path + note))
         if found.directory:

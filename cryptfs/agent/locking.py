@@ -11,7 +11,7 @@ needed its KEK (idle).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -81,11 +81,16 @@ class _Closing:
 
 
 class Locks:
-    """One per service. `forget` wipes a volume's KEKs and tells its daemon, if it has one, that they are gone."""
+    """One per service. `forget` wipes a volume's KEKs and tells its daemon, if it has one, that they are gone.
+
+    `domains` names the volumes that lie in another: they are locked with it.
+    """
 
     def __init__(
-        self, keyring: Keyring, attached: Mapping[bytes, Attachment], forget: Callable[[bytes], bool], clock: Clock
-    ) -> None:
+        self, keyring: Keyring, attached: Mapping[bytes, Attachment], forget: Callable[[bytes], bool], clock: Clock,
+        domains: Callable[[bytes], Sequence[bytes]] = lambda _: (),
+    ) -> None:  # fmt: skip
+        self._domains = domains
         self.deadline_s = DEADLINE_S
         self.on_begin: Callable[[bytes], None] = lambda _: None
         """Called when a volume begins to be locked."""
@@ -111,7 +116,9 @@ class Locks:
     # locking ---------------------------------------------------------------------------------------------------
 
     def begin(self, volume_id: bytes, why: str) -> None:
-        """Start locking a volume; nothing happens if it is locked or being locked."""
+        """Start locking a volume and its domains; nothing happens to those that are locked or being locked."""
+        for domain_id in self._domains(volume_id):
+            self.begin(domain_id, "the volume it is in is locked")
         if volume_id in self._closing or not self._keyring.holds(volume_id):
             return
         daemon = self._attached.get(volume_id)
@@ -128,15 +135,18 @@ class Locks:
         self._wake.set()
 
     async def lock(self, volume_id: bytes, why: str) -> Outcome:
-        """Lock a volume and wait until it is. If the caller is cancelled, the locking goes on."""
-        if not self._keyring.holds(volume_id):
-            return Outcome(was_unlocked=False)
+        """Lock a volume and its domains, and wait until they are. If the caller is cancelled, the locking goes on.
+
+        What could not be written is counted for all of them.
+        """
+        was_unlocked = self._keyring.holds(volume_id)
+        wanted = [volume_id, *self._domains(volume_id)]
         self.begin(volume_id, why)
-        closing = self._closing.get(volume_id)
-        if closing is None:
-            return Outcome(was_unlocked=True)
-        await closing.over.wait()
-        return Outcome(was_unlocked=True, unwritten=closing.unwritten)
+        unwritten: int | None = 0
+        for closing in [self._closing[each] for each in wanted if each in self._closing]:
+            await closing.over.wait()
+            unwritten = None if unwritten is None or closing.unwritten is None else unwritten + closing.unwritten
+        return Outcome(was_unlocked, unwritten)
 
     async def settled(self, volume_id: bytes) -> None:
         """Wait while the volume is being locked."""

@@ -54,7 +54,7 @@ from cryptfs.errors import (
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Request, encode_failure, encode_push, encode_reply
 from cryptfs.format.volume import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, FILE_MAX_BYTES, LABEL_MAX_CHARS, Volume, parse_volume
 from cryptfs.ports import Clock, Random
-from cryptfs.types import ID_BYTES, Purpose
+from cryptfs.types import DOMAINS_DIR, ID_BYTES, Purpose
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Service:
         self._attached: dict[bytes, Attachment] = {}
         self._cipher_dirs: dict[bytes, bytes] = {}
         self._kept: set[bytes] = set()
-        self.locks = Locks(self._keyring, self._attached, self._forget, clock)
+        self.locks = Locks(self._keyring, self._attached, self._forget, clock, self._domains_of)
         self.limits = Limits(audit, clock)
         self.locks.on_begin = self.limits.refuse
         self._reports = Reports(self._attached)
@@ -393,10 +393,12 @@ class Service:
         return {"volume_id": volume_id, "was_unlocked": outcome.was_unlocked, "unwritten": outcome.unwritten}
 
     def _volume_at(self, path: bytes) -> bytes | None:
-        """The volume mounted on `path`, else the one whose cipher directory it is, as far as we were told."""
+        """The volume (no domain) mounted on `path`, else the one whose cipher directory it is, as far as we know."""
         for name in ("mountpoint", "cipher_dir"):
             for volume_id, attachment in self._attached.items():
-                if getattr(attachment, name) == path:
+                # A domain's directory may have been renamed since we were told.
+                is_sure = name == "cipher_dir" or not _is_domain(attachment.cipher_dir)
+                if getattr(attachment, name) == path and is_sure:
                     return volume_id
         return next((volume_id for volume_id, at in self._cipher_dirs.items() if at == path), None)
 
@@ -416,8 +418,11 @@ class Service:
         self.locks.forgotten(volume_id)
         self.reverifier.forgotten(volume_id)
         self.policies.forgotten(volume_id)
+        cipher_dir = self._cipher_dir(volume_id)
         self._cipher_dirs.pop(volume_id, None)
         attachment = self._attached.get(volume_id)
+        for domain_id in self._in(cipher_dir) if was_unlocked and cipher_dir else ():
+            self.locks.begin(domain_id, "the volume it is in is locked")
         if was_unlocked:
             log.info("volume %s is locked", volume_id.hex())
             if attachment is not None:
@@ -427,6 +432,19 @@ class Service:
 
     def _say_reverified(self, volume_id: bytes, outcome: str, why: str, then: str) -> None:
         self._audit.event("reverify", outcome, volume_id=volume_id, detail={"message": why[:200], "then": then})
+
+    def _cipher_dir(self, volume_id: bytes) -> bytes:
+        attachment = self._attached.get(volume_id)
+        return attachment.cipher_dir if attachment else self._cipher_dirs.get(volume_id, b"")
+
+    def _domains_of(self, volume_id: bytes) -> list[bytes]:
+        """Volumes that are unlocked and lie in this one (FORMAT.md §2)."""
+        cipher_dir = self._cipher_dir(volume_id)
+        return self._in(cipher_dir) if cipher_dir else []
+
+    def _in(self, cipher_dir: bytes) -> list[bytes]:
+        domains = os.path.join(cipher_dir, DOMAINS_DIR.encode())
+        return [held for held in self._keyring.volume_ids if os.path.dirname(self._cipher_dir(held)) == domains]
 
     def _about(self, args: Args) -> dict[str, Any]:
         arg.expect(args)
@@ -440,7 +458,7 @@ class Service:
             volumes.append(
                 {
                     "volume_id": volume_id,
-                    "cipher_dir": attachment.cipher_dir if attachment else self._cipher_dirs.get(volume_id, b""),
+                    "cipher_dir": self._cipher_dir(volume_id),
                     "mountpoint": attachment.mountpoint if attachment else None,
                     "state": self._state(volume_id),
                     "locks_in_s": self.locks.locks_in_s(volume_id),
@@ -585,6 +603,11 @@ class Service:
         await self.locks.lock_all(f"process {peer.pid} ends the agent")
         self.stopping.set()
         return {}
+
+
+def _is_domain(cipher_dir: bytes) -> bool:
+    """Whether it is called as a domain's is (FORMAT.md §2)."""
+    return os.path.basename(os.path.dirname(cipher_dir)) == DOMAINS_DIR.encode()
 
 
 def _time(args: Args, name: str) -> int | None:

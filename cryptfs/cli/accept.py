@@ -41,13 +41,14 @@ def accept_all(cipher_dir: Path, given: Given) -> None:
 
     from cryptfs import paths
     from cryptfs.cli import key_agent, mounts
+    from cryptfs.cli.located import cipher_dir_of
     from cryptfs.cli.unlock import unlock_volume
     from cryptfs.errors import CryptfsError, VolumeBusy
     from cryptfs.keys.agent_client import open_agent
     from cryptfs.ops.info import read_volume_file
     from cryptfs.ops.init import config_of
 
-    cipher_dir = Path(os.path.realpath(cipher_dir))
+    cipher_dir = cipher_dir_of(cipher_dir)
     volume_file = read_volume_file(cipher_dir)
     volume_id = config_of(volume_file).volume_id
     daemon = mounts.daemon_of_volume(cipher_dir)

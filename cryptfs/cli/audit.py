@@ -128,13 +128,14 @@ def verify(
     """
     from cryptfs.cli import key_agent
     from cryptfs.cli.audit_verdict import verify_logs
+    from cryptfs.cli.located import cipher_dir_of
     from cryptfs.cli.unlock import unlock_volume
 
     volume_id = None
     unlocked_here = False
     if dir is not None:
         volume_id = _volume_id(dir)
-        unlocked_here = unlock_volume(Path(os.path.realpath(dir)), given)
+        unlocked_here = unlock_volume(cipher_dir_of(dir), given)
     try:
         with ui.waiting("verifying"):
             outcome = verify_logs(_directory(), volume_id)
@@ -174,9 +175,10 @@ def _directory() -> str:
 
 
 def _volume_id(cipher_dir: Path) -> bytes:
+    from cryptfs.cli.located import cipher_dir_of
     from cryptfs.ops.info import read_volume
 
-    return read_volume(Path(os.path.realpath(cipher_dir))).volume_id
+    return read_volume(cipher_dir_of(cipher_dir)).volume_id
 
 
 def _paths(cipher_dir: Path, given: Given) -> Paths:

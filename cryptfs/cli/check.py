@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,16 +79,33 @@ def _accept(cipher_dir: Path, given: Given, paths: tuple[str, ...], *, everythin
 def _report(cipher_dir: Path, given: Given, *, deep: bool, repair: bool) -> Report:
     from cryptfs.cli import progress
     from cryptfs.cli.volume_access import Reached, with_volume
+    from cryptfs.errors import Damaged, VolumeDamaged
     from cryptfs.ops.check import check_volume
     from cryptfs.ops.check_repair import repair_volume
-    from cryptfs.ops.check_report import Tally
+    from cryptfs.ops.check_report import Finding, Severity, Tally, What
 
     async def work(reached: Reached) -> Report:
         tally = Tally()
         async with progress.shown(tally, by_bytes=deep):
             if repair:
-                return await repair_volume(reached.access, deep=deep, tally=tally)
-            return await check_volume(reached.access, deep=deep, settle=reached.settle, tally=tally)
+                report = await repair_volume(reached.access, deep=deep, tally=tally)
+            else:
+                report = await check_volume(reached.access, deep=deep, settle=reached.settle, tally=tally)
+        for path, domain_id in sorted(report.domains.items()):
+            await add_domain(report, path, domain_id, reached)
+        return report
+
+    async def add_domain(report: Report, path: bytes, domain_id: bytes, reached: Reached) -> None:
+        try:
+            async with reached.domain(domain_id, path) as domain:
+                report.of_domains[path] = await work(domain) if domain is not None else None
+        except Damaged:
+            # What is not there, or is another volume, is a finding already, or made one here.
+            if not any(finding.log_id == domain_id for finding in report.damage):
+                detail = "domains/ holds another volume under its id, or a damaged one"
+                report.findings.append(Finding(Severity.DAMAGE, What.DOMAIN, path, "domain", detail, domain_id))
+        except VolumeDamaged as error:
+            report.findings.append(Finding(Severity.DAMAGE, What.DOMAIN, path, "domain", str(error), domain_id))
 
     return with_volume(cipher_dir, given, work, exclusive=repair)
 
@@ -96,23 +114,32 @@ def exit_code(report: Report) -> int:
     """0, `Damaged`'s or `Repaired`'s (docs/CLI_ABI.md)."""
     from cryptfs.errors import Damaged, Repaired
 
-    return {"damaged": Damaged.exit_code, "repaired": Repaired.exit_code}.get(report.result, 0)
+    results = {each.result for each in report.with_domains()}
+    if "damaged" in results:
+        return Damaged.exit_code
+    return Repaired.exit_code if "repaired" in results else 0
 
 
-def _show(report: Report) -> None:
+def _show(report: Report, at: bytes = b"") -> None:
     from cryptfs.cli.progress import size
 
     for finding in report.findings:
-        ui.out(ui.printable(f"{finding.severity.value}: {finding.line()}"))
+        ui.out(ui.printable(f"{finding.severity.value}: {os.fsdecode(at)}{finding.line()}"))
     for path in report.busy:
-        ui.note(f"{path.decode(errors='surrogateescape')} is in use and could not be judged; unmount to check it")
+        ui.note(f"{os.fsdecode(at + path)} is in use and could not be judged; unmount to check it")
     tally = report.tally
     what = "every block read" if report.deep else "structure only, --deep reads every block"
     counts = f"{tally.directories} directories, {tally.files} files, {tally.symlinks} symlinks"
-    ui.out(f"{report.result}: {counts}, {size(tally.done_bytes)} in {report.duration_s:.1f} s ({what})")
+    where = f"domain {ui.printable(os.fsdecode(at))}: " if at else ""
+    ui.out(f"{where}{report.result}: {counts}, {size(tally.done_bytes)} in {report.duration_s:.1f} s ({what})")
     if report.damage:
         ui.out(f"{len(report.damage)} things are damaged")
     if report.leftovers:
         ui.note(f"{len(report.leftovers)} leftovers cost space and nothing else; --repair removes them")
     if report.quarantine:
         ui.note(f"what could not be put in its place is in {ui.printable(report.quarantine.decode())} in the volume")
+    for path, inner in sorted(report.of_domains.items()):
+        if inner is None:
+            ui.note(f"domain {ui.printable(os.fsdecode(at + path))}: not checked, it is locked")
+        else:
+            _show(inner, at + path)

@@ -30,19 +30,20 @@ def export(
     DEST is made; if it is a directory, the copy goes into it. Nothing that exists is overwritten.
     """
     from cryptfs.cli import progress
+    from cryptfs.cli.located import cipher_dir_of
     from cryptfs.cli.volume_access import Reached, with_volume
-    from cryptfs.errors import Damaged
+    from cryptfs.errors import Damaged, VolumeLocked
     from cryptfs.ops.check_report import Tally
     from cryptfs.ops.export import Exported, check_dest, export_tree
 
-    check_dest(Path(os.path.realpath(dir)), dest)
+    check_dest(cipher_dir_of(dir), dest)
     tally = Tally("copying")
 
     async def work(reached: Reached) -> Exported:
         async with progress.shown(tally, by_bytes=True):
             return await export_tree(
                 reached.access, os.fsencode(path), os.fsencode(dest), skip_damaged=skip_damaged,
-                settle=reached.settle, tally=tally,
+                settle=reached.settle, tally=tally, domains=reached.domain,
             )  # fmt: skip
 
     out = with_volume(dir, given, work, exclusive=False)
@@ -55,6 +56,9 @@ def export(
     for where, names in out.xattrs_left_out:
         shown = ", ".join(name.decode("utf-8", "backslashreplace") for name in names)
         ui.warning(f"{os.fsdecode(where)}: extended attributes that could not be set: {shown}")
+    for locked in out.locked:
+        ui.warning(f"{os.fsdecode(locked)}: a domain that is locked: only its directory was copied")
     if out.losses:
         ui.error(f"{len(out.losses)} entries were damaged")
-    return Damaged.exit_code if out.losses else 0
+        return Damaged.exit_code
+    return VolumeLocked.exit_code if out.locked else 0

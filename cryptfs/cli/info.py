@@ -20,9 +20,10 @@ def info(dir: Path, *, as_json: bool) -> None:  # noqa: A002  the argument's nam
 
     It is read without a key, so an edited file shows edited values: `unlock` and `mount` find that out.
     """
+    from cryptfs.cli.located import cipher_dir_of
     from cryptfs.ops.info import read_info
 
-    facts = read_info(dir)
+    facts = read_info(cipher_dir_of(dir))
     if as_json:
         ui.out_json(facts)
         return
@@ -38,6 +39,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("block size", f"{facts['block_size']} bytes"),
         ("features", ", ".join(facts["features"]) or "none"),
         ("KEK version", str(facts["kek_version"])),
+        *([("domains", str(len(facts["domains"])))] if facts["domains"] else []),
     ]
     for protector in facts["protectors"]:
         params = ", ".join(f"{name} {value}" for name, value in protector["params"].items() if name not in _HIDDEN)

@@ -83,7 +83,7 @@ def init(
             with (
                 ui.waiting("making the volume"),
                 _all_or_nothing(cipher_dir),
-                _shredding(shred_secret, shred_keyfile, shred_token) as shredding,
+                shredding_with(shred_secret, shred_keyfile, shred_token) as shredding,
             ):
                 key_agent.create_volume(cipher_dir, VolumeWish(block_size, made.wish, **shredding))
             made.kept(parse_volume(read_volume_file(cipher_dir)).volume_id)
@@ -96,16 +96,23 @@ def _check_together(ephemeral: bool, places: list[bool], new: NewProtector) -> N
     """`places`: whether each way to keep a shred secret was given."""
     from cryptfs.errors import UsageError
 
-    if sum(places) > 1:
-        raise UsageError("--shred-secret, --shred-keyfile and --shred-token: the secret can be in one place only")
+    check_one_place(places)
     if ephemeral and any(places):
         raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
     if ephemeral and new.secret_options():
         raise UsageError("an ephemeral volume has no protector: its key is never stored")
 
 
+def check_one_place(places: list[bool]) -> None:
+    """`places`: whether each way to keep a shred secret was given. Raises `UsageError` if several were."""
+    from cryptfs.errors import UsageError
+
+    if sum(places) > 1:
+        raise UsageError("--shred-secret, --shred-keyfile and --shred-token: the secret can be in one place only")
+
+
 @contextlib.contextmanager
-def _shredding(by_agent: bool, keyfile: Path | None, token: str | None = None) -> Iterator[dict[str, Any]]:
+def shredding_with(by_agent: bool, keyfile: Path | None, token: str | None = None) -> Iterator[dict[str, Any]]:
     """What a `VolumeWish` says of the shred secret; a key file made for it is removed again if what follows fails."""
     from cryptfs.cli import shred_secret
 

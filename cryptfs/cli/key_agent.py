@@ -225,3 +225,27 @@ def create_volume(cipher_dir: Path, new: VolumeWish, *, keep: bool = False) -> N
                     await client.lock(volume_id)
 
     ask(request)
+
+
+def create_domain(cipher_dir: Path, place: Path, new: VolumeWish) -> bytes:
+    """Make a domain of the volume in `cipher_dir`, mounted, in the empty directory `place` of the mount.
+
+    It is unlocked afterwards. Returns its volume id. Raises as `create_volume` and as `new_domain.make` do.
+    """
+    import trio
+
+    from cryptfs.cli import new_domain
+    from cryptfs.format.volume import parse_volume
+
+    async def request(client: AgentClient) -> bytes:
+        volume_file = await client.create(new)
+        volume_id = parse_volume(volume_file).volume_id
+        try:
+            await new_domain.make(cipher_dir, place, volume_file, volume_id, client)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await client.lock(volume_id)
+            raise
+        return volume_id
+
+    return ask(request)

@@ -1,4 +1,4 @@
-"""`cryptfs lock DIR-or-MOUNTPOINT`: take a volume's keys out of agent and daemon, mounted or not."""
+"""`cryptfs lock DIR-or-MOUNTPOINT`: take a volume's or domain's keys out of agent and daemon, mounted or not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from cryptfs.cli import ui
 @click.argument("dir_or_mountpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--all", "everything", is_flag=True, help="Lock every volume that is unlocked.")
 def lock(dir_or_mountpoint: Path | None, *, everything: bool) -> None:
-    """Make every process forget the keys of a volume, named by its directory or where it is mounted.
+    """Make every process forget the keys of a volume or domain, named by its directory or where it is mounted.
+
+    With a volume, its domains are locked.
 
     A live mount stays: what programs wrote is written first, and nothing can be read, listed or written in it until
     `cryptfs unlock`.
@@ -78,6 +80,8 @@ def _how_to_end_it(volume_id: bytes) -> str:
 
 def _volume_id_of(path: Path) -> bytes:
     from cryptfs.cli import key_agent, mounts
+    from cryptfs.cli.located import cipher_dir_of
+    from cryptfs.ops.domains import is_domain
     from cryptfs.ops.info import read_volume
 
     located = mounts.resolved(path)
@@ -85,7 +89,8 @@ def _volume_id_of(path: Path) -> bytes:
     if ahead is not None and mounts.mount_at(located) is not None:
         # Nobody knows better by now, if the daemon ended with the lock.
         return ahead
-    if (held := key_agent.find_mounted_on(located)) is not None:
+    held = key_agent.find_mounted_on(located)
+    # A domain's is the path it had when it was opened: another may have it by now.
+    if held is not None and not is_domain(Path(held.cipher_dir)):
         return held.volume_id
-    daemon = mounts.daemon_of_mount(located)
-    return read_volume(daemon.cipher_dir if daemon else located).volume_id
+    return read_volume(cipher_dir_of(path)).volume_id

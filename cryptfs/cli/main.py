@@ -35,6 +35,7 @@ _VERBS = {
     "policy": "cryptfs.cli.policy:policy",
     "info": "cryptfs.cli.info:info",
     "protector": "cryptfs.cli.protector:protector",
+    "domain": "cryptfs.cli.domain:domain",
     "check": "cryptfs.cli.check:check",
     "export": "cryptfs.cli.export:export",
     "shred": "cryptfs.cli.shred:shred",

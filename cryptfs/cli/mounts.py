@@ -72,6 +72,12 @@ def mount_at(mountpoint: Path) -> Mount | None:
     return next((mount for mount in reversed(all_mounts()) if mount.mountpoint == mountpoint), None)
 
 
+def mount_over(path: Path) -> Mount | None:
+    """The mount that the (absolute, resolved) path lies in, which need not exist."""
+    above = {mount.mountpoint: mount for mount in all_mounts()}
+    return next((above[each] for each in (path, *path.parents) if each in above), None)
+
+
 def all_mounts() -> list[Mount]:
     """The mounts of this process's namespace."""
     return parse_mountinfo(os.fsdecode(Path("/proc/self/mountinfo").read_bytes()))

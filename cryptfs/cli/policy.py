@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cryptfs.cli import protectors, ui
+from cryptfs.cli import located, protectors, ui
 from cryptfs.cli.durations import Duration
 from cryptfs.cli.policy_fields import LABELS, effective, shown
 
@@ -74,7 +73,7 @@ def policy(  # noqa: PLR0913  one parameter per option
         "max_entries": max_entries, "max_uses": max_uses, "reverify_s": reverify_s, "unwraps_per_s": unwraps_per_s,
     }  # fmt: skip
     changes = {name: value for name, value in options.items() if value is not None}
-    cipher_dir = Path(os.path.realpath(dir))
+    cipher_dir = located.cipher_dir_of(dir)
     if changes:
         now = _change(cipher_dir, changes, given)
         _warn_of_overrides(cipher_dir, set(changes))

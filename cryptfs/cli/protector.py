@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import click
 
 from cryptfs.cli import new_protector, protectors, ui
 from cryptfs.cli.advice import hinted
+from cryptfs.cli.located import cipher_dir_of
 from cryptfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def list_(dir: Path, *, as_json: bool) -> None:  # noqa: A002
     from cryptfs.ops.info import read_info, read_volume
 
     if as_json:
-        ui.out_json(read_info(dir)["protectors"])
+        ui.out_json(read_info(cipher_dir_of(dir))["protectors"])
         return
     rows = [
         [each.protector_id.hex()[:8], each.kind, each.label, _day(each.created_s), protectors.described(each)]
-        for each in read_volume(dir).protectors
+        for each in read_volume(cipher_dir_of(dir)).protectors
     ]
     ui.table(["id", "kind", "label", "made", "details"], rows)
 
@@ -57,7 +57,7 @@ def add(dir: Path, *, new: NewProtector, given: Given) -> None:  # noqa: A002
     from cryptfs.ops.info import read_volume
 
     kind = new.checked()
-    cipher_dir = Path(os.path.realpath(dir))
+    cipher_dir = cipher_dir_of(dir)
     label = kind if new.label is None else new.label
     shredding = shred_secret.read(read_volume(cipher_dir))
     with (
@@ -85,7 +85,7 @@ def change(dir: Path, name: str, *, new: NewProtector, given: Given) -> None:  #
     from cryptfs.keys.edit_requests import change_protector
     from cryptfs.ops.info import read_volume
 
-    cipher_dir = Path(os.path.realpath(dir))
+    cipher_dir = cipher_dir_of(dir)
     volume = read_volume(cipher_dir)
     old = protectors.named(volume, name)
     shredding = shred_secret.read(volume)
@@ -122,7 +122,7 @@ def remove(dir: Path, name: str, *, yes: bool, given: Given) -> None:  # noqa: A
     from cryptfs.keys.edit_requests import remove_protector
     from cryptfs.ops.info import read_volume
 
-    cipher_dir = Path(os.path.realpath(dir))
+    cipher_dir = cipher_dir_of(dir)
     volume = read_volume(cipher_dir)
     gone = protectors.named(volume, name)
     _check_not_last(volume)

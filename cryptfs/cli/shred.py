@@ -6,7 +6,6 @@ or a copy of it; the `volume` file overwritten as well, which where there is no 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +26,11 @@ def shred(dir: Path, *, yes: bool) -> None:  # noqa: A002
     With a shred secret that holds for every copy of the volume, too. Nothing is asked for but your word: no passphrase
     is needed to destroy.
     """
+    from cryptfs.cli.located import cipher_dir_of
     from cryptfs.ops.info import read_volume
     from cryptfs.ops.volume_file import editing
 
-    cipher_dir = Path(os.path.realpath(dir))
+    cipher_dir = cipher_dir_of(dir)
     volume = read_volume(cipher_dir)
     _check_idle(cipher_dir, volume)
     _say_what_goes(cipher_dir, volume)

@@ -36,14 +36,15 @@ def umount(mountpoint: Path, *, keep_unlocked: bool) -> None:
     daemon = mounts.daemon_of_mount(located)
     volume_id = _volume_id(located, daemon)
     with mounts.watched(daemon) as watch:
-        if volume_id and keep_unlocked:
-            key_agent.keep(volume_id, keep=True)
+        kept = _with_domains(volume_id) if volume_id and keep_unlocked else []
+        for each in kept:
+            key_agent.keep(each, keep=True)
         try:
             with ui.waiting(f"unmounting {located}"):
                 mounts.unmount(located)
         except BaseException:
-            if volume_id and keep_unlocked:
-                key_agent.keep(volume_id, keep=False)
+            for each in kept:
+                key_agent.keep(each, keep=False)
             raise
         with ui.waiting("waiting for everything to be on disk"):
             if daemon is not None and not watch.has_ended(DAEMON_END_S):
@@ -52,6 +53,17 @@ def umount(mountpoint: Path, *, keep_unlocked: bool) -> None:
     if volume_id and not keep_unlocked:
         # The daemon has told the agent to forget; this is for one that could not, as the agent came after it.
         key_agent.lock(volume_id)
+
+
+def _with_domains(volume_id: bytes) -> list[bytes]:
+    """The volume's id and those of its domains that the agent knows of."""
+    from cryptfs.cli import key_agent
+    from cryptfs.types import DOMAINS_DIR
+
+    held = key_agent.held()
+    own = next((volume.cipher_dir for volume in held if volume.volume_id == volume_id), "")
+    below = str(Path(own, DOMAINS_DIR))
+    return [volume_id, *(each.volume_id for each in held if own and str(Path(each.cipher_dir).parent) == below)]
 
 
 def _volume_id(mountpoint: Path, daemon: Daemon | None) -> bytes | None:

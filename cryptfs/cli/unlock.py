@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -24,11 +23,13 @@ def unlock(
     idle_s: int | None,
     given: Given,
 ) -> None:
-    """Bring the key of the volume DIR into the agent, mounted or not; starts the agent if needed.
+    """Bring the key of the volume DIR, or of the domain mounted at DIR, into the agent; starts the agent if needed.
 
     If it is there already, `--for` and `--idle` are not changed.
     """
-    if not unlock_volume(Path(os.path.realpath(dir)), given, for_s=for_s, idle_s=idle_s):
+    from cryptfs.cli.located import cipher_dir_of
+
+    if not unlock_volume(cipher_dir_of(dir), given, for_s=for_s, idle_s=idle_s):
         ui.note("it was unlocked already")
         if for_s is not None or idle_s is not None:
             ui.warning("--for and --idle count only when a volume is unlocked: lock it first to change them")

@@ -9,7 +9,7 @@ import logging
 import os
 import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,13 +18,15 @@ import trio
 
 from cryptfs import paths
 from cryptfs.cli import mounts, ui
+from cryptfs.cli.located import cipher_dir_of
 from cryptfs.cli.protectors import Given
-from cryptfs.errors import CryptfsError, VolumeBusy
+from cryptfs.errors import CryptfsError, Damaged, NotAVolume, VolumeBusy, VolumeDamaged
 from cryptfs.keys.agent_client import AgentClient, open_agent
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.clock import SystemClock
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.keys.volume_requests import VolumeRequests
+from cryptfs.ops.domains import domain_dir, is_domain
 from cryptfs.ops.info import read_volume_file
 from cryptfs.ops.init import config_of
 from cryptfs.ops.offline import Access, Settle
@@ -40,10 +42,15 @@ SETTLE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """A volume whose key is at hand. `settle` is there if a daemon of this user has it mounted."""
+    """A volume whose key is at hand. `settle` is there if a daemon of this user has it mounted.
+
+    `domain` reaches a domain, given its volume id and the path of its place; None if it is locked. Raises `Damaged` if
+    it is not there or is another volume.
+    """
 
     access: Access
     settle: Settle | None
+    domain: Callable[[bytes, bytes], AbstractAsyncContextManager[Reached | None]]
 
 
 Work = Callable[[Reached], Awaitable[T]]
@@ -59,7 +66,7 @@ def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: boo
     from cryptfs.cli import key_agent
     from cryptfs.cli.unlock import unlock_volume
 
-    cipher_dir = Path(os.path.realpath(cipher_dir))
+    cipher_dir = cipher_dir_of(cipher_dir)
     volume_file = read_volume_file(cipher_dir)
     volume_id = config_of(volume_file).volume_id
     daemon = mounts.daemon_of_volume(cipher_dir)
@@ -67,6 +74,7 @@ def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: boo
         daemon = None
     if daemon is not None and exclusive:
         raise VolumeBusy(f"the volume is mounted on {daemon.mountpoint}")
+    mounted = _seen_at(cipher_dir, volume_id, daemon)
     unlocked_here = unlock_volume(cipher_dir, given)
     # Only now: an agent that was just started inherits none of this.
     harden()
@@ -76,7 +84,9 @@ def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: boo
     _say_what_is_settled(aloud=exclusive)
 
     async def run() -> T:
-        async with _reached(cipher_dir, volume_file, daemon, keep=not unlocked_here, exclusive=exclusive) as reached:
+        async with _reached(
+            cipher_dir, volume_file, daemon, mounted, keep=not unlocked_here, exclusive=exclusive
+        ) as reached:
             return await work(reached)
 
     try:
@@ -85,6 +95,15 @@ def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: boo
         if unlocked_here:
             with suppress(CryptfsError):
                 key_agent.lock(volume_id)
+
+
+def _seen_at(cipher_dir: Path, volume_id: bytes, daemon: mounts.Daemon | None) -> str | None:
+    """Where the volume's root is seen in a mount, a domain's where it was when it was opened."""
+    from cryptfs.cli import key_agent
+
+    if daemon is None and is_domain(cipher_dir) and (held := key_agent.find(volume_id)) is not None:
+        return held.mountpoint
+    return str(daemon.mountpoint) if daemon is not None else None
 
 
 class _Notes(logging.Handler):
@@ -101,10 +120,24 @@ def _say_what_is_settled(*, aloud: bool) -> None:
 
 @asynccontextmanager
 async def _reached(
-    cipher_dir: Path, volume_file: bytes, daemon: mounts.Daemon | None, *, keep: bool, exclusive: bool
+    cipher_dir: Path, volume_file: bytes, daemon: mounts.Daemon | None, top: str | None, *, keep: bool, exclusive: bool
 ) -> AsyncIterator[Reached]:
+    """`top`: where the volume's root is seen, if it is mounted."""
     config = config_of(volume_file)
     clock = SystemClock()
+
+    @asynccontextmanager
+    async def domain(domain_id: bytes, path: bytes) -> AsyncIterator[Reached | None]:
+        where, file = _domain(cipher_dir, domain_id)
+        if not any(
+            held.volume_id == domain_id and held.state == "unlocked" for held in (await client.status()).volumes
+        ):
+            yield None
+            return
+        below = top + os.fsdecode(path) if top is not None else None
+        async with _reached(where, file, daemon, below, keep=True, exclusive=exclusive) as reached:
+            yield reached
+
     async with open_agent(paths.agent_socket()) as client:
         attached = await _attach(client, cipher_dir, volume_file, exclusive=exclusive)
         if attached and daemon is not None:
@@ -124,7 +157,7 @@ async def _reached(
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(keys.serve)
-                yield Reached(access, _settle_through(daemon.mountpoint) if daemon is not None else None)
+                yield Reached(access, _settle_through(top) if top is not None else None, domain)
                 nursery.cancel_scope.cancel()
         finally:
             keys.wipe()
@@ -148,8 +181,21 @@ async def _attach(client: AgentClient, cipher_dir: Path, volume_file: bytes, *, 
     return True
 
 
-def _settle_through(mountpoint: Path) -> Settle:
-    top = os.fsencode(mountpoint)
+def _domain(cipher_dir: Path, domain_id: bytes) -> tuple[Path, bytes]:
+    """Cipher directory and `volume` file of a domain. Raises `Damaged`."""
+    where = domain_dir(cipher_dir, domain_id)
+    try:
+        file = read_volume_file(where)
+        found = config_of(file).volume_id
+    except (NotAVolume, VolumeDamaged) as error:
+        raise Damaged("domain", str(error)) from error
+    if found != domain_id:
+        raise Damaged("domain", f"{where} holds another volume")
+    return where, file
+
+
+def _settle_through(mounted: str) -> Settle:
+    top = os.fsencode(mounted)
 
     def sync(path: bytes) -> None:
         with suppress(OSError):

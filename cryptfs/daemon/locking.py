@@ -25,8 +25,8 @@ import trio
 from cryptfs.daemon.policies import Policies
 from cryptfs.errors import CryptfsError
 from cryptfs.fs.volume import Volume
+from cryptfs.fuse.forgetting import Forgetting
 from cryptfs.fuse.gate import NAMES_MAX_S, Gate
-from cryptfs.fuse.session import FuseSession
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.link import AgentLink
 
@@ -78,7 +78,7 @@ class Locking:
             self._lost()
             self._send.send_nowait(("gone", {}))
 
-    async def serve(self, link: AgentLink, keys: KeyCache, volume: Volume, session: FuseSession) -> None:
+    async def serve(self, link: AgentLink, keys: KeyCache, volume: Volume, session: Forgetting) -> None:
         """For ever: do what the agent says, and what its absence asks for."""
         self._link, self._keys, self._volume, self._session = link, keys, volume, session
         gate = self._gate

@@ -12,23 +12,20 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import trio
 import trio.lowlevel
 
 from cryptfs.daemon.args import DaemonArgs, parse
+from cryptfs.daemon.domains import Domains
 from cryptfs.daemon.guarding import Guarding
-from cryptfs.daemon.locking import Locking
-from cryptfs.daemon.policies import Policies
+from cryptfs.daemon.keyed import Keyed
 from cryptfs.daemon.process import harden, open_log, say
 from cryptfs.errors import CryptfsError, NotAVolume, StoreFailed, VolumeBusy
 from cryptfs.fs.volume import Volume, open_volume
-from cryptfs.fuse.gate import Gate
 from cryptfs.fuse.session import FuseSession
-from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.clock import SystemClock
 from cryptfs.keys.link import AgentLink, Mounted
 from cryptfs.ops.info import read_volume_file
@@ -90,36 +87,26 @@ async def _serve(args: DaemonArgs) -> bool:
         raise NotAVolume(f"{args.cipher_dir}: {error.strerror}") from error
     clock = SystemClock()
     volume: Volume | None = None
+    domains: Domains | None = None
     clean = True
     guarding: Guarding | None = None
     async with trio.open_nursery() as nursery:
-        gate = Gate()
-        policies = Policies(args.overrides)
-        locking = Locking(gate, policies)
-
-        def on_event(kind: str, event: Mapping[str, Any]) -> None:
-            if not policies.on_event(kind, event):
-                locking.on_event(kind, event)
-
         mounted = Mounted(config.volume_id, str(args.cipher_dir), str(args.mountpoint), read_volume)
-        link = AgentLink(nursery, args.agent_socket, mounted, on_event)
-        keys = KeyCache(link, policies.now, clock)
-        policies.rule(keys)
+        keyed = Keyed(nursery, args, mounted, clock)
         try:
-            await _attach(link)
-            nursery.start_soon(keys.serve)
-            nursery.start_soon(policies.serve, link)
-            volume = await open_volume(config, store, keys, clock, os.urandom, read_only=args.read_only)
+            await _attach(keyed.link)
+            keyed.serve_keys()
+            volume = await open_volume(config, store, keyed.keys, clock, os.urandom, read_only=args.read_only)
             session = FuseSession(
-                volume, gate, source=args.cipher_dir, mountpoint=args.mountpoint, options=args.fuse_options,
+                volume, keyed.gate, source=args.cipher_dir, mountpoint=args.mountpoint, options=args.fuse_options,
                 read_only=args.read_only, forced_owner=args.force_owner,
             )  # fmt: skip
+            domains = Domains(nursery, args, volume, keyed.link, session, clock)
             session.mount()
             guarding = Guarding(session)
             nursery.start_soon(guarding.serve)
             _collect_seldom()
-            nursery.start_soon(volume.serve)
-            nursery.start_soon(locking.serve, link, keys, volume, session)
+            keyed.serve_volume(volume, session.forgetting(volume, keyed.gate))
             nursery.start_soon(_stop_on_signal, session)
             nursery.start_soon(_announce, args, session)
             await session.run()
@@ -127,10 +114,11 @@ async def _serve(args: DaemonArgs) -> bool:
             if guarding is not None:
                 guarding.let_go()
             with trio.CancelScope(shield=True):
+                if domains is not None:
+                    clean = await domains.close()
                 if volume is not None:
-                    clean = await volume.close()
-                keys.wipe()
-                await link.detach()
+                    clean = await volume.close() and clean
+                await keyed.leave()
             nursery.cancel_scope.cancel()
     store.close_store()
     log.info("unmounted")

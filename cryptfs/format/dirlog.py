@@ -10,7 +10,7 @@ from cryptfs.format.packing import check_canonical, pack, unpack_map, want_bytes
 from cryptfs.format.sidecar import Sealed, decode_sealed, encode_sealed
 from cryptfs.types import ID_BYTES, Kind
 
-_KEYS = frozenset("edx")
+_KEYS = frozenset("edxv")
 SEALED_NAME_MIN, SEALED_NAME_MAX = 17, 271
 
 
@@ -26,12 +26,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class DirPayload:
-    """`gone` is applied before `entries`."""
+    """`gone` is applied before `entries`. `domain`: the 16-byte id of the volume whose place this directory is."""
 
     entries: tuple[Entry, ...] = ()
     gone: tuple[bytes, ...] = ()
     xattrs: Sealed | None = None
     xattrs_gone: bool = False
+    domain: bytes = b""
 
     def encode(self) -> bytes:
         """The msgpack map."""
@@ -42,6 +43,8 @@ class DirPayload:
             out["d"] = self.gone
         if self.xattrs or self.xattrs_gone:
             out["x"] = encode_sealed(self.xattrs) if self.xattrs else None
+        if self.domain:
+            out["v"] = self.domain
         return pack(out)
 
     @property
@@ -56,7 +59,8 @@ def decode_dir(data: bytes | memoryview) -> DirPayload:
     entries = tuple(_decode_entry(item) for item in want_list(value.get("e", [])))
     gone = tuple(_sealed_name(item) for item in want_list(value.get("d", [])))
     xattrs = decode_sealed(value["x"]) if value.get("x") is not None else None
-    payload = DirPayload(entries, gone, xattrs, "x" in value and xattrs is None)
+    domain = want_bytes(value["v"], ID_BYTES) if "v" in value else b""
+    payload = DirPayload(entries, gone, xattrs, "x" in value and xattrs is None, domain)
     check_canonical(payload.encode(), data)
     return payload
 

@@ -58,6 +58,8 @@ class DirNode:
         self.entries: dict[bytes, Entry] = {}
         self.xattrs: Sealed | None = None
         """The xattr set, sealed; None: there are none."""
+        self.domain = b""
+        """The id of the volume whose place this is (`fs.domain`); then it has no entries."""
         self.lock = SharedLock()
         self.pins = 0
         self.removed = False
@@ -241,6 +243,7 @@ class DirNode:
             self.entries[entry.sealed] = entry
         if payload.flags:
             self.xattrs = payload.xattrs
+        self.domain = payload.domain or self.domain
 
     # durability ------------------------------------------------------------------------------------------------
 
@@ -303,6 +306,22 @@ class DirNode:
         finally:
             self.pins -= 1
 
+    async def give_to_domain(self, domain_id: bytes) -> None:
+        """Make this the place of a volume. Raises OSError, key errors; then it is what the log on disk says.
+
+        The caller holds the lock, and there are no entries. The log is rewritten: an older prefix of it that says
+        nothing of the domain would show an empty directory to write into.
+        """
+        if not self.writable:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        before, generation = self.domain, self.last_gen
+        self.domain = domain_id
+        try:
+            await self._rewrite()
+        finally:
+            if self.last_gen == generation:
+                self.domain = before
+
     async def _rewrite(self) -> None:
         async with self._syncing:
             await self.flush()
@@ -311,7 +330,7 @@ class DirNode:
             await self._replaced()
 
     def _snapshot(self, generation: int, xattrs: Sealed | None) -> Frame:
-        payload = DirPayload(tuple(self.entries.values()), xattrs=xattrs)
+        payload = DirPayload(tuple(self.entries.values()), xattrs=xattrs, domain=self.domain)
         return Frame(generation, self.durable_gen, len(self.entries), payload.encode(), flags=payload.flags)
 
     async def _replace(self, key: bytearray, header: LogHeader, *frames: Frame) -> None:
@@ -456,6 +475,8 @@ class DirNode:
             if crashed:
                 self._bind(head, decoded, max(replayed.durable_up_to, floor))
             self._hold(decoded)
+        if self.domain and self.entries:
+            raise Damaged("payload", "entries in a domain's place")
         if crashed and not self.bindings:
             self.bindings = {sealed: [entry] for sealed, entry in self.entries.items()}
         self._log = SealedLog.resume(log_fd, replayed, keep)

@@ -89,16 +89,17 @@ class Inode:
 class InodeTable:
     """All inodes the kernel knows or something here needs, and the open directories."""
 
-    def __init__(self, ctx: FsContext) -> None:
+    def __init__(self, ctx: FsContext, root_ino: int = ROOT_INO) -> None:
+        """`root_ino`: the number of the root, a domain's place's where that is not FUSE's own."""
         self.ctx = ctx
         self._inodes: dict[int, Inode] = {}
         self._dirs: OrderedDict[int, DirNode] = OrderedDict()
         self._opening: dict[int, trio.Event] = {}
         self._generation = 0
         self.open_ids: set[bytes] = set()
-        self.root = Inode(ROOT_INO, Kind.DIR, ctx.config.root_dir_id, 0)
+        self.root = Inode(root_ino, Kind.DIR, ctx.config.root_dir_id, 0)
         self.root.lookups = 1
-        self._inodes[ROOT_INO] = self.root
+        self._inodes[root_ino] = self.root
 
     def __len__(self) -> int:
         return len(self._inodes)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
-from cryptfs.errors import Damaged
+from cryptfs.errors import Damaged, VolumeLocked
 from cryptfs.format.datafile import DataHeader
 from cryptfs.format.dirlog import Entry
 from cryptfs.fs.attr_log import make_attr_log
@@ -57,6 +57,11 @@ class Namespace:
         self.on_arrival: Callable[[Inode, bytes], None] | None = None
         """Called when something that was made before gets a name: (directory, id)."""
         self._own = Owner(os.geteuid(), os.getegid())
+        self.removing_domain: Callable[[Inode, bytes], AbstractAsyncContextManager[None]] | None = None
+        """Called with a domain's place and id, around its removal. None: domains cannot be removed (they are not open).
+
+        Raises ENOTEMPTY, `VolumeLocked`.
+        """
 
     # looking ---------------------------------------------------------------------------------------------------
 
@@ -69,6 +74,7 @@ class Namespace:
             names = node.names_nowait() or (await node.keys()).names
             entry = node.entries.get(names.seal(name))
             if entry is None:
+                _check_not_place(node)
                 raise os_error(errno.ENOENT)
             return await self._look(parent, node, entry)
         finally:
@@ -122,6 +128,7 @@ class Namespace:
         if inode.last_st is not None:
             return []
         node = await self.inodes.dir(inode)
+        _check_not_place(node)
         node.listed = True
         return list(node.entries.values())
 
@@ -168,6 +175,24 @@ class Namespace:
                 names = (await node.keys()).names
                 out += [(parent.ino, names.open(s)) for s in wanted]
         return out
+
+    async def path_of(self, inode: Inode) -> bytes:
+        """The path of something that has a name, from the root, without a leading slash.
+
+        Raises ESTALE, `Damaged`, OSError, key errors.
+        """
+        parts: list[bytes] = []
+        while inode is not self.inodes.root:
+            parent, below = inode.place()
+            node = await self.inodes.dir(parent)
+            with pinned(node):
+                names = (await node.keys()).names
+                sealed = next((s for s in node.entries if tree_name(s) == below), None)
+                if sealed is None:
+                    raise os_error(errno.ESTALE)
+                parts.append(names.open(sealed))
+            inode = parent
+        return b"/".join(reversed(parts))
 
     def report(self, ino: int, error: Damaged) -> None:
         """One log line for damage."""
@@ -425,7 +450,7 @@ class Namespace:
                 raise os_error(errno.ENOTDIR)
             inode, child = await self._child(parent, node, entry)
             with pinned(child):
-                async with child.lock.exclusive():
+                async with child.lock.exclusive(), self._taking_domain(inode, child):
                     await self._rmdir(parent, node, entry, inode, child)
         finally:
             self._changed(node)
@@ -442,6 +467,15 @@ class Namespace:
             node.revert(keys.log_key, [entry])
             raise
         self._dir_gone(parent, tree_name(entry.sealed), inode, child, st)
+
+    def _taking_domain(self, inode: Inode, child: DirNode) -> AbstractAsyncContextManager[None]:
+        """Around the removal of a directory, whose lock is held: a domain whose place it is goes along, or refuses."""
+        if not child.domain:
+            return nullcontext()
+        if self.removing_domain is None:
+            _check_not_place(child)
+        assert self.removing_domain is not None
+        return self.removing_domain(inode, child.domain)
 
     # renaming --------------------------------------------------------------------------------------------------
 
@@ -484,6 +518,8 @@ class Namespace:
         if src.kind != Kind.DIR:
             raise os_error(errno.EISDIR)
         inode, child = await self._child(new, target, dst)
+        if child.domain:
+            raise os_error(errno.EBUSY)
         if child.entries:
             raise os_error(errno.ENOTEMPTY)
         return inode, child
@@ -592,10 +628,20 @@ class Namespace:
         except BaseException:
             node.pins -= 1
             raise
-        if node.removed:
+        if node.removed or node.domain:
             self._changed(node)
+            _check_not_place(node)
             raise os_error(errno.ENOENT)
         return node
+
+    @asynccontextmanager
+    async def changing(self, directory: Inode) -> AsyncIterator[DirNode]:
+        """The directory, pinned, its lock held alone. Raises ENOENT for one that was removed, EROFS, as `dir`."""
+        node = await self._changing(directory)
+        try:
+            yield node
+        finally:
+            self._changed(node)
 
     def _changed(self, node: DirNode) -> None:
         node.settled()
@@ -692,7 +738,7 @@ class Namespace:
         self.reaper.add_dir(name)
 
     def _dir_gone(self, parent: Inode, below: bytes, inode: Inode, child: DirNode, st: os.stat_result) -> None:
-        child.removed = True
+        child.removed, child.domain = True, b""
         inode.drop_path(parent, below)
         inode.last_st = without_links(st)
         self.files.new_ids.discard(inode.log_id)
@@ -734,6 +780,12 @@ class Namespace:
         if inode is not None:
             inode.last_st = without_links(st)
             self.inodes.release(inode)
+
+
+def _check_not_place(node: DirNode) -> None:
+    """Raises `VolumeLocked` for a domain's place: what is in there is another volume's to say."""
+    if node.domain:
+        raise VolumeLocked("the directory is a domain's, which is not open")
 
 
 def _check_name(name: bytes) -> None:

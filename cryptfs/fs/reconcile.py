@@ -120,6 +120,10 @@ async def reconcile(node: DirNode) -> None:
     """
     ctx = node.ctx
     tree, unread = await ctx.in_thread(survey, ctx, node.fd)
+    if node.domain and tree:
+        # Nothing of this volume is ever put into a domain's place.
+        log.error("directory inode %d: %d things in a domain's place not accepted", node.ino, len(tree))
+        tree = {}
     known = {tree_name(sealed): entry for sealed, entry in node.entries.items()}
     headless = {
         name

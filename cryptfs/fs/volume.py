@@ -11,7 +11,7 @@ from cryptfs.format.log import HEADER_BYTES
 from cryptfs.fs.context import FsContext, VolumeConfig, log, open_ours
 from cryptfs.fs.epoch import read_state, sign_state, write_slot, write_state
 from cryptfs.fs.files import Files
-from cryptfs.fs.inodes import Inode, InodeTable
+from cryptfs.fs.inodes import ROOT_INO, Inode, InodeTable
 from cryptfs.fs.namespace import Namespace
 from cryptfs.fs.reaper import Reaper, remove_tree
 from cryptfs.fs.sealed_log import header_of
@@ -23,9 +23,9 @@ from cryptfs.ports import Clock, DekProvider, Random, Store
 class Volume:
     """One open volume. Make it with `open_volume`, run `serve` beside its use, end with `close`."""
 
-    def __init__(self, ctx: FsContext) -> None:
+    def __init__(self, ctx: FsContext, root_ino: int = ROOT_INO) -> None:
         self.ctx = ctx
-        self.inodes = InodeTable(ctx)
+        self.inodes = InodeTable(ctx, root_ino)
         self.reaper = Reaper(ctx)
         self.files = Files(ctx, self.inodes, self.reaper)
         self.names = Namespace(ctx, self.inodes, self.files, self.reaper)
@@ -131,9 +131,10 @@ class Volume:
 
 
 async def open_volume(
-    config: VolumeConfig, store: Store, keys: DekProvider, clock: Clock, random: Random, *, read_only: bool = False
-) -> Volume:
-    """Take the lock, begin a mount epoch, empty `tmp/`.
+    config: VolumeConfig, store: Store, keys: DekProvider, clock: Clock, random: Random, *, read_only: bool = False,
+    root_ino: int = ROOT_INO,
+) -> Volume:  # fmt: skip
+    """Take the lock, begin a mount epoch, empty `tmp/`. `root_ino`: see `InodeTable`.
 
     Raises `VolumeBusy` (another process has it), `VolumeDamaged`, `RolledBack`, `FreshnessUnavailable`, OSError, key
     errors.
@@ -169,7 +170,7 @@ async def open_volume(
         raise
     finally:
         volume_key[:] = bytes(len(volume_key))
-    return Volume(ctx)
+    return Volume(ctx, root_ino)
 
 
 def _open_directories(ctx: FsContext) -> None:

@@ -6,8 +6,9 @@ One short method per request, in the kernel's words on one side, `fs`'s on the o
 from __future__ import annotations
 
 import errno
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -91,7 +92,10 @@ class Operations(pyfuse3.Operations):
         self._files = volume.files
         self._xattrs = volume.xattrs
         self._listings: dict[int, _Listing] = {}
-        self._last_listing = 0
+        self.handles = itertools.count(1)
+        """Of directories, one for each `opendir` in the mount."""
+        self.places: dict[int, Callable[[], os.stat_result]] = {}
+        """By inode number, what `stat` says of places of domains that are open (`fuse.routing`)."""
 
     # attributes ------------------------------------------------------------------------------------------------
 
@@ -306,9 +310,9 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        self._last_listing += 1
-        self._listings[self._last_listing] = _Listing(self._inodes.get(inode))
-        return pyfuse3.FileHandleT(self._last_listing)
+        handle = next(self.handles)
+        self._listings[handle] = _Listing(self._inodes.get(inode))
+        return pyfuse3.FileHandleT(handle)
 
     @guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
@@ -365,7 +369,10 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, attr: Attr) -> EntryAttributes:
         """As pyfuse3 wants it."""
-        st = attr.st
+        st, size = attr.st, attr.size
+        if self.places and attr.inode.ino in self.places:
+            st = self.places[attr.inode.ino]()
+            size = st.st_size
         out = EntryAttributes()
         out.st_ino = pyfuse3.InodeT(attr.inode.ino)
         out.generation = attr.inode.generation
@@ -377,7 +384,7 @@ class Operations(pyfuse3.Operations):
         out.st_uid = st.st_uid if forced is None else forced.uid
         out.st_gid = st.st_gid if forced is None else forced.gid
         out.st_rdev = st.st_rdev
-        out.st_size = attr.size
+        out.st_size = size
         out.st_blksize = _BLOCK_BYTES
         out.st_blocks = st.st_blocks
         out.st_atime_ns = st.st_atime_ns

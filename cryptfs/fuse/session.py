@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import functools
 import logging
 import os
 import subprocess
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pyfuse3
 import trio
 
-from cryptfs.errors import CryptfsError, MissingDependency, MountpointUnusable
+from cryptfs.errors import MissingDependency, MountpointUnusable
 from cryptfs.fs.namespace import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse import loop
+from cryptfs.fuse.forgetting import Forgetting, sync_mount
 from cryptfs.fuse.gate import Gate
-from cryptfs.fuse.notify import WHOLE_FILE, Notifier, fuse_descriptor
+from cryptfs.fuse.notify import Notifier, fuse_descriptor
 from cryptfs.fuse.open_files import OpenFiles
-from cryptfs.fuse.operations import Operations
-from cryptfs.types import Kind
+from cryptfs.fuse.routing import Part, Routing
 
 log = logging.getLogger("cryptfs")
 
 _READ_AHEAD_KIB = 1024
 _STOP_S = 30.0
-_THREADS = 16
-"""They wait for the kernel, which waits for us where pages are dirty; those that do not must find a thread."""
-_PIECE_BYTES, _PIECES_MAX = 64 << 20, 16
-"""Of a file that nobody writes: as much as makes use of the processors."""
-_WRITTEN_PIECE_BYTES, _WRITTEN_PIECES_MAX = 2 << 20, 512
-"""Of another one: what is behind a dirty page in the same piece waits for it."""
-_USUAL_SWITCH_S, _SWITCH_S = sys.getswitchinterval(), 0.0002
-"""How long the interpreter's lock may be kept from a thread that has dropped a piece and wants the next: as a rule
-(sys.setswitchinterval) 5 ms, which with programs at work is what every single piece would wait."""
 _UNMOUNT_S = 600.0
 """umount waits while the kernel writes its dirty pages to this process, which goes on answering."""
-
-
-Piece = tuple[int, int, int]
-"""Inode number, offset, length (bytes, `WHOLE_FILE`: to the end)."""
 
 
 class FuseSession:
@@ -62,12 +43,10 @@ class FuseSession:
         read_only: bool,
         forced_owner: tuple[int, int] | None = None,
     ) -> None:
-        self._volume = volume
-        self.gate = gate
         self.open_files = OpenFiles()
         self._forced = None if forced_owner is None else Owner(*forced_owner)
+        self.routing = Routing(self.part(volume, gate))
         self._notifier: Notifier | None = None
-        self._threads = trio.CapacityLimiter(_THREADS)
         self._mountpoint = str(mountpoint)
         # A comma in fsname would start another option (libfuse's escaping is a backslash).
         name = str(source).replace("\\", "\\\\").replace(",", "\\,")
@@ -81,11 +60,19 @@ class FuseSession:
             raise MissingDependency("/dev/fuse is missing: the kernel's FUSE module is not loaded")
         loop.install()
         try:
-            operations = Operations(self._volume, self.gate, self.open_files, self._forced)
-            pyfuse3.init(operations, self._mountpoint, self._options)
+            pyfuse3.init(self.routing, self._mountpoint, self._options)
         except RuntimeError as error:
             raise MountpointUnusable(f"mounting on {self._mountpoint} failed ({error})") from None
         self._notifier = Notifier(fuse_descriptor())
+
+    def part(self, volume: Volume, gate: Gate) -> Part:
+        """One of this mount's volumes, for `Routing`."""
+        return Part(volume, gate, self.open_files, self._forced)
+
+    def forgetting(self, volume: Volume, gate: Gate) -> Forgetting:
+        """What makes the kernel forget one of the mount's volumes; `mount` must have succeeded."""
+        assert self._notifier is not None
+        return Forgetting(volume, gate, self._notifier, self.open_files, self._mountpoint)
 
     def clone(self) -> int:
         """A descriptor of the mount's connection to the kernel with requests of its own. Raises OSError."""
@@ -118,95 +105,6 @@ class FuseSession:
                 self._notifier.close()
             pyfuse3.close(unmount=True)
 
-    # forgetting ------------------------------------------------------------------------------------------------
-
-    def expires_names(self) -> bool:
-        """Whether the kernel can be told to ask again for every name at once."""
-        return self._notifier is not None and self._notifier.expire_names()
-
-    async def sync(self) -> None:
-        """Fetch what programs wrote from the kernel, which may take as long as this process takes to write it."""
-        await trio.to_thread.run_sync(_sync_mount, self._mountpoint, abandon_on_cancel=True, limiter=self._threads)
-
-    async def drop_everything(self) -> None:
-        """Have the kernel forget all names and content it knows; what was written and not fetched yet is fetched.
-
-        Everything at once, on threads of their own, as one that meets a dirty page waits until that is written: names,
-        with all that hangs on them and is not in use; open files in pieces, those that nobody writes first; then
-        files that only the kernel remembers. Meanwhile dirty pages are fetched in bulk: one by one, as dropping
-        fetches them, takes a hundred times as long. May be cancelled.
-        """
-        names = functools.partial(self._drop_names, await self._top_names())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._sync_quietly)
-            nursery.start_soon(self._in_threads, [names])
-            nursery.start_soon(self._drop_files, self._pieces())
-
-    async def _sync_quietly(self) -> None:
-        # The mount point may be gone, the mount being detached: then every page is fetched by dropping it.
-        with suppress(OSError):
-            await self.sync()
-
-    async def drop_files_in_use(self) -> None:
-        """The same once more for the content of open files."""
-        await self._drop_files(self._pieces(open_only=True))
-
-    async def drop_range(self, ino: int, offset: int, length: int) -> None:
-        """Have the kernel forget some pages."""
-        if self._notifier is not None:
-            await self._in_threads([functools.partial(_quietly, self._notifier.drop_pages, ino, offset, length)])
-
-    def _pieces(self, *, open_only: bool = False) -> deque[Piece]:
-        """What to drop, in order: open files, those not opened for writing first; then all others."""
-        opened = dict(self.open_files.inos())
-        pieces: deque[Piece] = deque()
-        for ino, written in opened.items():
-            inode = self._volume.inodes.find(ino)
-            pieces.extend(_in_pieces(ino, 0 if inode is None or inode.file is None else inode.file.size, written))
-        if not open_only:
-            closed = (i.ino for i in self._volume.inodes.all() if i.kind == Kind.FILE and i.ino not in opened)
-            pieces.extend((ino, 0, WHOLE_FILE) for ino in closed)
-        return pieces
-
-    async def _top_names(self) -> list[tuple[int, bytes]]:
-        """What the kernel knows in the root: dropped, it takes along everything below that nobody uses.
-
-        Where it cannot be told to ask again for every name, all the names it may know.
-        """
-        everywhere = not self.expires_names()
-        try:
-            return await self._volume.names.known(everywhere=everywhere)
-        except (OSError, CryptfsError) as error:
-            log.warning("some names stay with the kernel for %.0f s at most: %s", self.gate.entry_timeout_s, error)
-            return []
-
-    def _drop_names(self, names: list[tuple[int, bytes]]) -> None:
-        for parent, name in names:
-            if self._notifier is not None:
-                _quietly(self._notifier.drop_name, parent, name)
-
-    async def _drop_files(self, pieces: deque[Piece]) -> None:
-        """Each thread takes the next piece until there is none."""
-        sys.setswitchinterval(_SWITCH_S)
-        try:
-            await self._in_threads([functools.partial(self._drop_pages, pieces)] * min(_THREADS, len(pieces)))
-        finally:
-            sys.setswitchinterval(_USUAL_SWITCH_S)
-
-    def _drop_pages(self, pieces: deque[Piece]) -> None:
-        # Nothing else adds to it, and taking one is atomic.
-        with suppress(IndexError):
-            while self._notifier is not None:
-                _quietly(self._notifier.drop_pages, *pieces.popleft())
-
-    async def _in_threads(self, calls: Sequence[Callable[[], None]]) -> None:
-        async def one(call: Callable[[], None]) -> None:
-            await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
-
-        async with trio.open_nursery() as nursery:
-            for call in calls:
-                nursery.start_soon(one, call)
-
     # ending ----------------------------------------------------------------------------------------------------
 
     async def stop(self) -> None:
@@ -215,28 +113,11 @@ class FuseSession:
         One still in use is detached and ends when it can.
         """
         with trio.move_on_after(_STOP_S):
-            await trio.to_thread.run_sync(_sync_mount, self._mountpoint, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(sync_mount, self._mountpoint, abandon_on_cancel=True)
         busy = await trio.to_thread.run_sync(_unmount, self._mountpoint)
         if busy:
             log.warning("the mount is in use, detaching it")
             pyfuse3.terminate()
-
-
-def _in_pieces(ino: int, size: int, written: bool) -> Iterator[Piece]:
-    """The last one is open, as the kernel may know the file longer."""
-    piece_bytes, most = (_WRITTEN_PIECE_BYTES, _WRITTEN_PIECES_MAX) if written else (_PIECE_BYTES, _PIECES_MAX)
-    step = max(piece_bytes, -(-size // most))
-    for offset in range(0, size - step, step):
-        yield ino, offset, step
-    yield ino, max(0, (size - 1) // step * step), WHOLE_FILE
-
-
-def _quietly(call: Callable[..., bool], *args: object) -> None:
-    """A page that cannot be dropped (EBUSY: being read or written this moment) must not keep the others."""
-    try:
-        call(*args)
-    except OSError as error:
-        log.info("the kernel could not drop what it was told to: %s", error.strerror)
 
 
 def _device_of(mountpoint: str) -> str | None:
@@ -248,15 +129,6 @@ def _device_of(mountpoint: str) -> str | None:
             if where == os.fsencode(os.path.abspath(mountpoint)):
                 return fields[2].decode()
     return None
-
-
-def _sync_mount(mountpoint: str) -> None:
-    """syncfs(2) on the mount: the kernel writes its dirty pages to this process, which must go on answering."""
-    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        ctypes.CDLL(None, use_errno=True).syncfs(fd)
-    finally:
-        os.close(fd)
 
 
 def _unmount(mountpoint: str) -> bool:

@@ -57,6 +57,11 @@ class AgentLink(VolumeRequests):
         """Whether there is a connection that works."""
         return self._client is not None and not self._client.lost.is_set()
 
+    async def is_unlocked(self, volume_id: bytes) -> bool:
+        """Whether the agent holds the KEK of a volume, this one or another. Raises as `attach`."""
+        status = await (await self._connected()).status()
+        return any(v.volume_id == volume_id and v.state == "unlocked" for v in status.volumes)
+
     async def reattach(self) -> None:
         """Show the agent the `volume` file again, as it was unlocked again. Raises as `AgentClient.attach` does."""
         await self._attach(await self._connected())

@@ -21,6 +21,7 @@ from cryptfs.fs.attr_log import find_attr_log
 from cryptfs.fs.symlink import decode_target_text, read_target
 from cryptfs.fs.xattr import open_set
 from cryptfs.names import tree_name
+from cryptfs.ops import check_domains
 from cryptfs.ops.check_dirs import Absent, Look, Placed, Seen, Stray, join, look, survey, walk_down
 from cryptfs.ops.check_files import DirRef, FileJob, check_files
 from cryptfs.ops.check_live import Recheck
@@ -33,7 +34,7 @@ from cryptfs.types import Kind
 _WORKERS = 2
 _BATCH_FILES = 64
 _BATCH_BYTES = 32 << 20
-_TOP_LEVEL = frozenset({b"volume", b"state", b"tree", b"sidecars", b"tmp", b"damaged"})
+_TOP_LEVEL = frozenset({b"volume", b"state", b"tree", b"sidecars", b"tmp", b"damaged", b"domains"})
 
 
 async def check_volume(
@@ -92,6 +93,8 @@ class Check:
         """Ids of entries that are in their place -> inode."""
         self.claims: set[bytes] = set()
         """Ids that an entry or anything in `tree/` names, in its place or not."""
+        self.domains: dict[bytes, bytes] = {}
+        """Paths of domains' places -> the domain's id."""
         self.sidecars = Sidecars()
         self.complete = True
         """Everything in `tree/` was seen."""
@@ -121,6 +124,8 @@ class Check:
                     await self._walk(send)
             self.tally.measured = True
             nursery.cancel_scope.cancel()
+        report.domains = self.domains
+        report.findings += check_domains.missing(ctx, self.domains)
         if not self.live:
             self._check_links()
             self._check_leftovers()
@@ -191,6 +196,8 @@ class Check:
             return
         for finding in found.findings():
             self.add(finding)
+        if found.domain:
+            self.domains[path] = found.domain
         self.absent += found.absent
         self.strays += found.strays
         self.claims |= found.ids
@@ -366,6 +373,8 @@ class Check:
                 self.add(Finding(Severity.LEFTOVER, What.ORPHAN, path, "orphan", detail, log_id))
         for name in self._tmp:
             self.add(Finding(Severity.LEFTOVER, What.UNFINISHED, b"tmp/" + name, "tmp", "emptied by the next mount"))
+        all_seen = self.complete and not self.lost_dirs and not self.absent and not self.strays
+        self.report.findings += check_domains.unnamed(self.ctx, self.domains, all_seen=all_seen)
         for name in store.listdir(store.root()):
             if name == b"volume.new":
                 self.add(Finding(Severity.LEFTOVER, What.UNFINISHED, name, "volume", "a rewrite that a crash cut"))

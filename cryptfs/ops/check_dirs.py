@@ -94,6 +94,8 @@ class Look:
     """Every id that the log names."""
     xattrs: Sealed | None = None
     """The directory's own."""
+    domain: bytes = b""
+    """The id of the volume whose place it is."""
 
     def findings(self) -> list[Finding]:
         """All of them."""
@@ -205,7 +207,7 @@ async def look(ctx: FsContext, fd: int, dir_id: bytes, path: bytes, above: tuple
         seen = await ctx.in_thread(survey, ctx.store, fd)
         names = (await node.keys()).names
         out = _compare(node, names, seen, path, above)
-        out.xattrs = node.xattrs
+        out.xattrs, out.domain = node.xattrs, node.domain
         try:
             await open_set(ctx, dir_id, node.xattrs)
         except Damaged as error:

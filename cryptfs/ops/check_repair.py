@@ -33,6 +33,7 @@ import trio
 from cryptfs.errors import Damaged, StoreFailed
 from cryptfs.fs.context import sidecar_name, twin_name
 from cryptfs.fs.volume import Volume
+from cryptfs.ops import check_domains
 from cryptfs.ops.check import Check
 from cryptfs.ops.check_logs import exchange_sidecars, renew_log
 from cryptfs.ops.check_place import place_back
@@ -80,6 +81,8 @@ async def settle(volume: Volume) -> None:
     while todo:
         inode = todo.pop()
         try:
+            if (await volume.inodes.dir(inode)).domain:
+                continue
             entries = await volume.names.listing(inode)
         except (Damaged, OSError):
             continue
@@ -210,6 +213,9 @@ class Repair:
         elif finding.path.startswith(b"sidecars/"):
             _, prefix, name = finding.path.split(b"/")
             store.unlink(self.ctx.dir_fd(b"sidecars", prefix), name)
+        elif finding.path.startswith(b"domains/"):
+            if not check_domains.remove(self.ctx, finding.path):
+                return
         elif not finding.path.startswith(b"tmp/"):
             store.unlink(store.root(), finding.path)
         finding.action = "removed"

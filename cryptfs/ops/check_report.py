@@ -51,6 +51,8 @@ class What(enum.StrEnum):
     """What an interrupted rewrite or a removal left."""
     UNSETTLED = "unsettled"
     """What a crash left and the next mount settles by itself."""
+    DOMAIN = "domain"
+    """A domain's place without its volume, or a volume in `domains/` without a place."""
     FOREIGN = "foreign"
     """A file in a place of the cipher directory where none of ours has that name."""
 
@@ -154,6 +156,10 @@ class Report:
     left_clean: bool
     findings: list[Finding] = field(default_factory=list)
     busy: list[bytes] = field(default_factory=list)
+    domains: dict[bytes, bytes] = field(default_factory=dict)
+    """Paths of domains' places -> the domain's volume id; what is in them is not in this report."""
+    of_domains: dict[bytes, Report | None] = field(default_factory=dict)
+    """By path, the reports of those that were checked too; None: locked."""
     quarantine: bytes = b""
     repaired: bool = False
     tally: Tally = field(default_factory=Tally)
@@ -169,6 +175,10 @@ class Report:
     def leftovers(self) -> list[Finding]:
         """Leftovers that were not removed."""
         return [f for f in self.findings if f.severity is Severity.LEFTOVER and not f.action]
+
+    def with_domains(self) -> list[Report]:
+        """This one and those of the domains that were checked."""
+        return [self, *(inner for report in self.of_domains.values() if report for inner in report.with_domains())]
 
     @property
     def result(self) -> str:
@@ -193,4 +203,12 @@ class Report:
             "quarantine": os.fsdecode(self.quarantine) or None,
             "busy": [os.fsdecode(path) for path in self.busy],
             "findings": [finding.as_json() for finding in self.findings],
+            "domains": [
+                {
+                    "path": os.fsdecode(path),
+                    "volume_id": domain_id.hex(),
+                    "report": report.as_json() if (report := self.of_domains.get(path)) is not None else None,
+                }
+                for path, domain_id in sorted(self.domains.items())
+            ],
         }

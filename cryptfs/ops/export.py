@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from cryptfs.errors import Damaged, UsageError
+from cryptfs.errors import Damaged, UsageError, VolumeDamaged, VolumeLocked
 from cryptfs.format.sidecar import Sealed
 from cryptfs.fs.attr_log import find_attr_log
 from cryptfs.fs.context import FsContext
@@ -29,6 +30,29 @@ from cryptfs.ops.offline import Access, Looking, Settle, open_for_reading, open_
 from cryptfs.types import Kind
 
 T = TypeVar("T")
+
+
+class Reached(Protocol):
+    """A domain that is unlocked, and how to reach those in it."""
+
+    @property
+    def access(self) -> Access:
+        """How to open it."""
+        ...
+
+    @property
+    def settle(self) -> Settle | None:
+        """Asks its daemon, if it is mounted."""
+        ...
+
+    @property
+    def domain(self) -> OpenDomain:
+        """As this one was."""
+        ...
+
+
+OpenDomain = Callable[[bytes, bytes], AbstractAsyncContextManager["Reached | None"]]
+"""Reaches a domain, given its volume id and its place's path; None if it is locked. Raises `Damaged`."""
 
 _TRIES = 3
 """How often something of a mounted volume is looked at before it counts as damaged."""
@@ -51,11 +75,24 @@ class Exported:
     """The outcome. `left_out`: special files that this user may not make.
 
     `xattrs_left_out`: (path, names) of extended attributes that could not be set on the copy.
+    `locked`: domains of which the copy has the directory only.
     """
 
     losses: list[Loss] = field(default_factory=list)
     left_out: list[bytes] = field(default_factory=list)
     xattrs_left_out: list[tuple[bytes, list[bytes]]] = field(default_factory=list)
+    locked: list[bytes] = field(default_factory=list)
+
+    def add(self, path: bytes, inner: Exported) -> None:
+        """What came of the domain at `path`."""
+
+        def there(below: bytes) -> bytes:
+            return path.rstrip(b"/") + (below if below != b"/" else b"")
+
+        self.losses += [replace(loss, path=there(loss.path)) for loss in inner.losses]
+        self.left_out += map(there, inner.left_out)
+        self.xattrs_left_out += [(there(below), names) for below, names in inner.xattrs_left_out]
+        self.locked += map(there, inner.locked)
 
 
 @dataclass(slots=True)
@@ -72,16 +109,17 @@ class _Level:
 
 async def export_tree(
     access: Access, path: bytes, dest: bytes, *, skip_damaged: bool = False, settle: Settle | None = None,
-    tally: Tally | None = None,
+    tally: Tally | None = None, domains: OpenDomain | None = None,
 ) -> Exported:  # fmt: skip
     """Copy what is at `path` in the volume (absolute; b"/": all of it) to `dest`, which is made.
 
     If `dest` is a directory that exists, the copy is made in it, under its own name; b"/" fills it. Raises `UsageError`
-    (no such path, or something exists already), `Damaged` unless `skip_damaged`, OSError, key errors.
+    (no such path, or something exists already), `VolumeLocked` (it is in a domain that is), `Damaged` unless
+    `skip_damaged`, OSError, key errors.
     """
     looking = await open_to_read(access, settle)
     try:
-        export = _Export(looking, tally or Tally(), skip_damaged=skip_damaged)
+        export = _Export(looking, tally or Tally(), skip_damaged=skip_damaged, domains=domains)
         await export.run(path, dest)
         return export.out
     finally:
@@ -96,7 +134,8 @@ def check_dest(cipher_dir: Path, dest: Path) -> None:
 
 
 class _Export:
-    def __init__(self, looking: Looking, tally: Tally, *, skip_damaged: bool) -> None:
+    def __init__(self, looking: Looking, tally: Tally, *, skip_damaged: bool, domains: OpenDomain | None) -> None:
+        self._domains = domains
         self.ctx: FsContext = looking.ctx
         self.out = Exported()
         self._tally = tally
@@ -115,6 +154,10 @@ class _Export:
         try:
             for at, name in enumerate(parts):
                 found = await self._look(fd, dir_id, here)
+                if found.domain:
+                    if not await self._domain(found.domain, here, b"/" + b"/".join(parts[at:]), dest):
+                        raise VolumeLocked(f"{os.fsdecode(here)} is a domain, and locked")
+                    return
                 placed = next((p for p in found.placed if p.name == name), None)
                 here = join(here, name)
                 if placed is None:
@@ -180,6 +223,9 @@ class _Export:
         try:
             found = await self._look(fd, dir_id, path)
             st = self.ctx.store.fstat(fd)
+            if found.domain and await self._domain(found.domain, path, b"/", dest):
+                self.ctx.store.close(fd)
+                return
         except Damaged as error:
             self.ctx.store.close(fd)
             self._lose(path, error.reason, error)
@@ -187,6 +233,8 @@ class _Export:
         except BaseException:
             self.ctx.store.close(fd)
             raise
+        if found.domain:
+            self.out.locked.append(path)
         levels.append(_Level(fd, path, dest, st, [], await self._xattrs(path, dir_id, found.xattrs)))
         for absent in found.absent:
             self._lose(absent.path, absent.finding.reason, None)
@@ -194,6 +242,23 @@ class _Export:
         _make(lambda: os.mkdir(dest, 0o700), dest, may_exist=top)
         self._tally.directories += 1
         levels[-1].todo = found.placed
+
+    async def _domain(self, domain_id: bytes, place: bytes, path: bytes, dest: bytes) -> bool:
+        """Copy `path` in the domain; False if it is locked. Raises `Damaged` if it is not there, or not itself."""
+        if self._domains is None:
+            return False
+        async with self._domains(domain_id, place) as domain:
+            if domain is None:
+                return False
+            try:
+                inner = await export_tree(
+                    domain.access, path, dest, skip_damaged=self._skip, settle=domain.settle, tally=self._tally,
+                    domains=domain.domain,
+                )  # fmt: skip
+            except VolumeDamaged as error:
+                raise Damaged("domain", str(error)) from error
+            self.out.add(place, inner)
+            return True
 
     # single entries --------------------------------------------------------------------------------------------
 

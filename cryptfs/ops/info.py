@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cryptfs.errors import NotAVolume, NotPermitted, StoreFailed, VolumeDamaged
 from cryptfs.format.volume import FILE_MAX_BYTES, FORMAT_VERSION, Protector, Volume, parse_volume
+from cryptfs.ops.domains import domain_ids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +63,7 @@ def read_info(cipher_dir: Path) -> dict[str, Any]:
         "block_size": volume.block_size,
         "features": list(volume.features),
         "kek_version": volume.kek_version,
+        "domains": [domain_id.hex() for domain_id in domain_ids(cipher_dir)],
         "protectors": [_protector(protector) for protector in volume.protectors],
     }
 

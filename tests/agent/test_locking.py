@@ -134,6 +134,55 @@ async def test_stop_waits_for_daemons(serve_here: ServeHere) -> None:
             await served.ended.wait()
 
 
+async def test_a_volumes_domains_are_locked_with_it(serve_here: ServeHere) -> None:
+    events: list[Mapping[str, Any]] = []
+    outcomes: list[LockOutcome] = []
+    async with serve_here(lock_deadline_s=60) as served, open_agent(served.path) as client:
+        (parent, data), (inner, inner_data), (other, other_data) = [await create(client) for _ in range(3)]
+        async with (
+            open_agent(served.path, role="daemon", on_push=events.append) as daemon,
+            open_agent(served.path, role="daemon", on_push=events.append) as inner_daemon,
+            open_agent(served.path, role="daemon", on_push=events.append) as other_daemon,
+        ):
+            await attach(daemon, parent, data)
+            # "/c-2/domains" only looks as if it lay in "/c".
+            for link, volume_id, file, at in (
+                (inner_daemon, inner, inner_data, "/c/domains/"),
+                (other_daemon, other, other_data, "/c-2/domains/"),
+            ):
+                await link.attach(volume_id=volume_id, cipher_dir=at + volume_id.hex(), mountpoint="/m/x", volume=file)
+
+            async def lock() -> None:
+                outcomes.append(await client.lock_told(parent))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(lock)
+                await settled(lambda: len(events) == 2)
+                assert {e["volume_id"] for e in events} == {parent, inner}
+                await daemon.locked(parent, 1)
+                assert not outcomes, "its domain is not locked yet"
+                await inner_daemon.locked(inner, 2)
+            assert outcomes == [LockOutcome(True, 3)]
+            states = {volume.volume_id: volume.state for volume in (await client.status()).volumes}
+            assert states == {parent: "locked", inner: "locked", other: "unlocked"}
+
+
+async def test_a_domain_is_locked_when_its_volumes_daemon_is_gone(serve_here: ServeHere) -> None:
+    async with serve_here() as served, open_agent(served.path) as client:
+        (parent, data), (inner, inner_data) = await create(client), await create(client)
+        at = f"/c/domains/{inner.hex()}"
+        for volume_id, file, cipher_dir in ((parent, data, "/c"), (inner, inner_data, at)):
+            await client.unlock(volume=file, cipher_dir=cipher_dir, secret=b"right")
+            assert volume_id in {volume.volume_id for volume in (await client.status()).volumes}
+        async with open_agent(served.path, role="daemon") as daemon:
+            await attach(daemon, parent, data)
+        for _ in range(500):
+            if not (await client.status()).volumes:
+                break
+            await trio.sleep(0.01)
+        assert not (await client.status()).volumes
+
+
 @pytest.mark.parametrize(("for_s", "idle_s"), [(100, None), (None, 100), (100, 50), (50, 100)])
 async def test_volumes_lock_themselves(
     short_tmp: Path, autojump_clock: trio.testing.MockClock, for_s: int | None, idle_s: int | None

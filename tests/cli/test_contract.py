@@ -64,7 +64,7 @@ def commands() -> dict[str, click.Command]:
 
 
 def test_every_verb_and_option_is_documented() -> None:
-    verbs = set(re.findall(r"^\| `cryptfs ((?:agent|audit|protector) \w+|\w+)", section("Verbs"), re.MULTILINE))
+    verbs = set(re.findall(r"^\| `cryptfs ((?:agent|audit|domain|protector) \w+|\w+)", section("Verbs"), re.MULTILINE))
     assert verbs == set(commands())
     documented = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", DOCUMENT))
     for name, command in commands().items():

@@ -50,6 +50,7 @@ def test_the_document_has_what_the_contract_lists(cryptfs: Cryptfs, volume_file:
         "block_size": 16384,
         "features": [],
         "kek_version": 1,
+        "domains": [],
         "protectors": [
             {
                 "id": "000102030405060708090a0b0c0d0e0f",

@@ -39,6 +39,7 @@ BLOCK = 4096
 LONG = b"L" * 200
 
 
+DOMAIN = b"v" * 16
 XATTRS = (b"d/e/xattrs", b"fifo", b"link", b"d/e", b"")
 
 
@@ -69,6 +70,8 @@ async def populate(tree: Tree) -> dict[bytes, bytes]:
     files[b"d/hard link"] = files[b"small"]
     for path in XATTRS:
         await tree.volume.xattrs.set(await tree.inode(path), b"user.name", b"value of " + path)
+    async with tree.volume.names.changing(await tree.inode(b"empty")) as node:
+        await node.give_to_domain(DOMAIN)
     return files
 
 
@@ -82,7 +85,7 @@ async def look(tree: Tree, files: dict[bytes, bytes]) -> None:
         inode = await tree.inode(path)
         assert await tree.volume.xattrs.get(inode, b"user.name") == b"value of " + path
     assert await tree.names() == sorted([b"d", b"empty", b"small", b"empty file", b"link", b"fifo"])
-    assert await tree.names(b"empty") == []
+    assert (await tree.volume.inodes.dir(await tree.inode(b"empty"))).domain == DOMAIN
 
 
 def data_files(tree: Tree) -> dict[str, tuple[bytes, int]]:

@@ -91,6 +91,7 @@ DIRS = [
     DirPayload((Entry(b"n" * 17, Kind.FILE, ID), Entry(b"m" * 271, Kind.CHAR, ID, 259))),
     DirPayload((Entry(b"n" * 30, Kind.DIR, ID),), (b"g" * 40, b"h" * 17), Sealed(1, 1, bytes(40), b"x")),
     DirPayload(gone=(b"g" * 20,), xattrs_gone=True),
+    DirPayload(xattrs=Sealed(1, 1, bytes(40), b"x"), domain=ID),
 ]
 
 

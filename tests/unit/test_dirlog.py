@@ -26,8 +26,13 @@ sealeds = st.builds(Sealed, st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1)
 def payloads(draw: st.DrawFn) -> DirPayload:
     xattrs = draw(st.none() | sealeds)
     gone = xattrs is None and draw(st.booleans())
+    domain = draw(st.just(b"") | st.binary(min_size=16, max_size=16))
     return DirPayload(
-        tuple(draw(st.lists(entries, max_size=4))), tuple(draw(st.lists(sealed_names, max_size=4))), xattrs, gone
+        tuple(draw(st.lists(entries, max_size=4))),
+        tuple(draw(st.lists(sealed_names, max_size=4))),
+        xattrs,
+        gone,
+        domain,
     )
 
 
@@ -43,6 +48,12 @@ def test_a_payload_is_the_formats_bytes() -> None:
     expected += b"\xa1d\x91\xc4\x11" + b"g" * 17
     assert DirPayload((entry,), (b"g" * 17,)).encode() == expected
     assert DirPayload().encode() == b"\x80"
+    assert DirPayload(domain=b"v" * 16).encode() == b"\x81\xa1v\xc4\x10" + b"v" * 16
+
+
+@pytest.mark.parametrize("domain", [b"", b"v" * 15, b"v" * 17, "v" * 16, None, 7])
+def test_a_domain_is_an_id(domain: object) -> None:
+    refused(packed({"v": domain}))
 
 
 def refused(data: bytes) -> None:
