@@ -335,8 +335,8 @@ class Service:
         arg.expect(args, "volume", "shred_secret")
         volume = parse_volume(arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES))
         given, volume_id = get_shred_secret(args), volume.volume_id
-        if volume_id in self._attached:
-            raise VolumeBusy("the volume is mounted")
+        if volume_id in self._attached and self._keyring.holds(volume_id):
+            raise VolumeBusy("the volume is mounted, and not locked")
         # Before the lock: if we die in between, the secret is gone and so is the agent's memory.
         destroyed = await trio.to_thread.run_sync(self._places.destroy, volume, given, limiter=self._root_limit)
         await self.locks.lock(volume_id, f"process {peer.pid} shreds it")

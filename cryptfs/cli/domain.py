@@ -37,7 +37,11 @@ def domain() -> None:
     "--protector", "kind", type=new_protector.KIND_CHOICE, help="What opens it (default: what the options are for)."
 )
 @click.option("--label", metavar="TEXT", help="A name for its protector, readable by anyone (default: its kind).")
-@click.option("--shred-secret", is_flag=True, help="Make a secret that `shred` destroys; this machine keeps it.")
+@click.option(
+    "--shred-secret/--no-shred-secret",
+    default=None,
+    help="Make a secret that `shred` destroys; this machine keeps it.  [default: yes, unless it is kept elsewhere]",
+)
 @click.option(
     "--shred-keyfile",
     metavar="PATH",
@@ -54,7 +58,7 @@ def create(
     path: Path,
     *,
     block_size: int | None,
-    shred_secret: bool,
+    shred_secret: bool | None,
     shred_keyfile: Path | None,
     shred_token: str | None,
     new: NewProtector,
@@ -69,6 +73,8 @@ def create(
     from cryptfs.keys.edit_requests import VolumeWish
     from cryptfs.ops.info import read_volume
 
+    if shred_secret is None:
+        shred_secret = shred_keyfile is None and shred_token is None
     check_one_place([shred_secret, shred_keyfile is not None, shred_token is not None])
     kind = new.checked()
     label = kind if new.label is None else new.label
@@ -168,11 +174,7 @@ def list_domains(path: Path, *, as_json: bool, given: Given) -> None:
 
     The volume is unlocked for it if need be; its domains are not.
     """
-    from cryptfs.cli import located
-
-    inside = located.inside_mount(path)
-    cipher_dir = inside.cipher_dir if inside is not None else Path(os.path.realpath(path))
-    rows = _domains(cipher_dir, given)
+    rows = domains_of(path, given)
     if as_json:
         ui.out_json(rows)
     elif rows:
@@ -182,14 +184,16 @@ def list_domains(path: Path, *, as_json: bool, given: Given) -> None:
         ui.note("it has no domains")
 
 
-def _domains(cipher_dir: Path, given: Given) -> list[dict[str, Any]]:
-    """As docs/CLI_ABI.md lists it; by path, those that no directory names last."""
-    from cryptfs.cli import key_agent
+def domains_of(path: Path, given: Given) -> list[dict[str, Any]]:
+    """As docs/CLI_ABI.md lists it; by path, those that no directory names last. `path`: see `list_domains`."""
+    from cryptfs.cli import key_agent, located
     from cryptfs.cli.volume_access import Reached, with_volume
     from cryptfs.ops.domains import domain_dir, domain_ids
     from cryptfs.ops.info import read_volume
     from cryptfs.ops.paths_by_id import Names, names_in
 
+    inside = located.inside_mount(path)
+    cipher_dir = inside.cipher_dir if inside is not None else Path(os.path.realpath(path))
     read_volume(cipher_dir)
     there = domain_ids(cipher_dir)
     if not there:

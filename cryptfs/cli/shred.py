@@ -11,36 +11,76 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cryptfs.cli import ui
+from cryptfs.cli import protectors, ui
 
 if TYPE_CHECKING:
+    from cryptfs.cli.protectors import Given
     from cryptfs.format.volume import Volume
 
 
 @click.command()
 @click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--yes", is_flag=True, help="Do not ask: for scripts.")
-def shred(dir: Path, *, yes: bool) -> None:  # noqa: A002
+@protectors.options
+def shred(dir: Path, path: Path | None, *, yes: bool, given: Given) -> None:  # noqa: A002
     """Destroy the keys of the volume DIR: what is encrypted under them is noise from then on, for everybody.
 
+    With PATH, the keys of the domain at that path in it, and nothing else; a domain can also be named by its directory
+    in a mount. It may be mounted, and is locked first; a whole volume must not be.
+
     With a shred secret that holds for every copy of the volume, too. Nothing is asked for but your word: no passphrase
-    is needed to destroy.
+    is needed to destroy, but to find a domain by its PATH while the volume is locked.
     """
     from cryptfs.cli.located import cipher_dir_of
+    from cryptfs.ops.domains import domain_dir, domain_ids, is_domain
     from cryptfs.ops.info import read_volume
+
+    cipher_dir = cipher_dir_of(dir) if path is None else _domain_in(dir, path, given)
+    part = is_domain(cipher_dir)
+    if not part:
+        _check_idle(cipher_dir, read_volume(cipher_dir))
+    # Domains have keys of their own, and open without the volume they lie in.
+    inner = [] if part else [domain_dir(cipher_dir, domain_id) for domain_id in sorted(domain_ids(cipher_dir))]
+    for each in (cipher_dir, *inner):
+        _say_what_goes(each, read_volume(each))
+    if not yes:
+        _ask((path or dir) if part else cipher_dir)
+    with ui.waiting("destroying the keys"):
+        for each in (*inner, cipher_dir):
+            _destroy(each, part=part)
+    if part:
+        ui.done(f"the domain is shredded; once it is unmounted, {cipher_dir} can be removed, and then its directory")
+    else:
+        ui.done(f"{cipher_dir} is shredded: what lies there is noise, and can be removed")
+
+
+def _domain_in(dir: Path, path: Path, given: Given) -> Path:  # noqa: A002
+    """The cipher directory of the domain at `path`, seen from the root of the volume `dir`. Raises `UsageError`."""
+    from cryptfs.cli.domain import domains_of
+    from cryptfs.errors import UsageError
+
+    wanted = f"/{str(path).strip('/')}"
+    for row in domains_of(dir, given):
+        if row["path"] is not None and f"/{str(row['path']).strip('/')}" == wanted:
+            return Path(row["cipher_dir"])
+    raise UsageError(f"{dir} has no domain at {wanted}")
+
+
+def _destroy(cipher_dir: Path, *, part: bool) -> None:
+    from cryptfs.cli import key_agent
+    from cryptfs.format.volume import parse_volume
     from cryptfs.ops.volume_file import editing
 
-    cipher_dir = cipher_dir_of(dir)
-    volume = read_volume(cipher_dir)
-    _check_idle(cipher_dir, volume)
-    _say_what_goes(cipher_dir, volume)
-    if not yes:
-        _ask(cipher_dir)
-    with editing(cipher_dir) as edit, ui.waiting("destroying the keys"):
-        _check_idle(cipher_dir, volume)
+    with editing(cipher_dir) as edit:
+        volume = parse_volume(edit.data)
+        if part:
+            # What programs wrote into it need not be kept: only that nobody reads it any more counts.
+            key_agent.lock(volume.volume_id)
+        else:
+            _check_idle(cipher_dir, volume)
         _destroy_secret(volume, edit.data)
         edit.overwrite()
-    ui.done(f"{cipher_dir} is shredded: what lies there is noise, and can be removed")
 
 
 def _destroy_secret(volume: Volume, volume_file: bytes) -> None:
@@ -96,10 +136,10 @@ def _say_what_goes(cipher_dir: Path, volume: Volume) -> None:
         ui.warning("the shred secret on this machine is destroyed: nothing opens the volume or a copy of it any more")
 
 
-def _ask(cipher_dir: Path) -> None:
+def _ask(named: Path) -> None:
     from cryptfs.errors import UsageError
 
-    name = cipher_dir.name
+    name = named.name
     typed = click.prompt(f"Type the directory's name ({name}) to destroy it for good", default="", show_default=False)
     if typed != name:
         raise UsageError("that is not its name: nothing was changed")

@@ -18,6 +18,7 @@ DENIED = 23
 BACKEND_AWAY = 30
 NOT_A_VOLUME = 10
 USAGE = 2
+OTHER = {"CRYPTFS_PASSPHRASE": "another horse, another staple 8"}
 
 
 @pytest.fixture
@@ -188,3 +189,65 @@ def test_a_shred_secret_in_a_token(bare: Box) -> None:
     bare.run("shred", "--yes", bare.vault, env=pin)
     put_back(bare, copy)
     assert "not in the token any more" in bare.run("unlock", bare.vault, code=DENIED, env=pin).stderr
+
+
+def domain_in(box: Box) -> Path:
+    path = box.clear / "payroll"
+    box.run("domain", "create", "--kdf-cost", "low", path, env=OTHER)
+    (path / "salaries").write_bytes(b"4711\n" * 1000)
+    (box.clear / "menu").write_text("soup")
+    return path
+
+
+def test_a_shredded_domain_is_gone_from_every_copy_and_nothing_else_is(bare: Box) -> None:
+    bare.init()
+    bare.mount()
+    path = domain_in(bare)
+    os.sync()
+    copy = bare.root / "yesterday"
+    shutil.copytree(bare.vault, copy, symlinks=True)
+    [inner] = (bare.vault / "domains").iterdir()
+    with (path / "salaries").open("rb") as open_file:
+        assert open_file.read(4) == b"4711"
+        bare.run("shred", "--yes", path)
+        with pytest.raises(OSError, match="key"):
+            os.pread(open_file.fileno(), 4, 0)
+    assert (bare.clear / "menu").read_text() == "soup"
+    assert sorted(os.listdir(bare.clear)) == ["menu", "payroll"]
+    bare.remount()
+    assert (bare.clear / "menu").read_text() == "soup"
+    bare.umount()
+    shutil.rmtree(inner)
+    bare.mount()
+    os.rmdir(bare.clear / "payroll")
+    bare.umount()
+    put_back(bare, copy)
+    assert "shred secret" in bare.run("unlock", inner, code=SHRED_SECRET_MISSING, env=OTHER).stderr
+
+
+def test_a_shredded_volume_takes_its_domains_along(bare: Box) -> None:
+    bare.init("--shred-secret")
+    bare.mount()
+    domain_in(bare)
+    bare.umount()
+    [inner] = (bare.vault / "domains").iterdir()
+    copy = bare.root / "yesterday"
+    shutil.copytree(bare.vault, copy, symlinks=True)
+    assert f"has no domain at {'/nothing'}" in bare.run("shred", "--yes", bare.vault, "nothing", code=USAGE).stderr
+    bare.run("shred", "--yes", bare.vault)
+    assert not (inner / "volume").exists()
+    put_back(bare, copy)
+    bare.run("unlock", inner, code=SHRED_SECRET_MISSING, env=OTHER)
+
+
+def test_a_domain_named_by_its_path_while_nothing_is_mounted(bare: Box) -> None:
+    bare.init()
+    bare.mount()
+    domain_in(bare)
+    bare.umount()
+    [inner] = (bare.vault / "domains").iterdir()
+    bare.run("shred", "--yes", bare.vault, "payroll")
+    assert not (inner / "volume").exists()
+    bare.mount()
+    assert (bare.clear / "menu").read_text() == "soup"
+    bare.umount()
