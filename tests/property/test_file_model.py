@@ -242,6 +242,13 @@ class FileMachine(RuleBasedStateMachine):
     def let_time_pass(self, seconds: int) -> None:
         self.sample.clock.advance(seconds)
 
+    @rule(policy=st.sampled_from(sorted(POLICIES)))
+    def another_policy(self, policy: str) -> None:
+        self.policy = POLICIES[policy]
+        keys = self.volume.ctx.keys
+        assert isinstance(keys, KeyCache)
+        keys.set_policy(self.policy)
+
     @precondition(lambda self: not self.local)
     @rule(cold=st.booleans())
     def page_cache(self, cold: bool) -> None:
