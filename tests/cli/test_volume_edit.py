@@ -84,24 +84,43 @@ def test_a_made_key_file_stays_exactly_if_its_protector_does(tmp_path: Path, kep
     assert keyfile.exists() == kept
 
 
-def test_an_agent_killed_before_it_was_told_takes_the_new_file_for_the_volume(cryptfs: Cryptfs, vault: Path) -> None:
-    """The file is in its place, nobody said `commit`: the next unlock goes by what is there."""
+KILLED = """
+import os, signal, sys
+from cryptfs.keys import edit_requests
+from cryptfs.ops import volume_file
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv.pop(1) == "replace":
+    volume_file.VolumeEdit.replace = die
+else:
+    edit_requests.commit = die
+from cryptfs.cli.main import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("at", "opens"), [("replace", False), ("commit", True)])
+def test_killed_the_key_file_is_there_and_the_volume_is_the_old_or_the_new_one(
+    cryptfs: Cryptfs, vault: Path, at: str, opens: bool
+) -> None:
+    """Before the file is replaced, or after it and before the agent is told: the next unlock goes by what is there."""
     keyfile = cryptfs.root / "key"
-    code = (
-        "import os, signal, sys\n"
-        "from cryptfs.keys import edit_requests\n"
-        "edit_requests.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from cryptfs.cli.main import main\n"
-        "sys.exit(main())\n"
-    )
     ended = subprocess.run(
-        [sys.executable, "-c", code, "protector", "add", str(vault), "--new-keyfile", str(keyfile)],
+        [sys.executable, "-c", KILLED, at, "protector", "add", str(vault), "--new-keyfile", str(keyfile)],
         env={**os.environ, "CRYPTFS_PASSPHRASE": PASSPHRASE},
         check=False,
         timeout=90,
     )
     assert ended.returncode == -signal.SIGKILL
+    assert keyfile.stat().st_size == 64
     cryptfs.run("agent", "stop")
-    cryptfs.run("unlock", vault, "--keyfile", keyfile)
+    cryptfs.run("unlock", vault, "--keyfile", keyfile, code=0 if opens else 2)
     cryptfs.run("lock", vault)
     cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    cryptfs.run("lock", vault)
+    # Nothing is in the way of the next one.
+    env = {"CRYPTFS_PASSPHRASE": PASSPHRASE}
+    cryptfs.run("protector", "add", vault, "--use-keyfile", keyfile, "--label", "again", env=env)
+    cryptfs.run("unlock", vault, "--keyfile", keyfile)
