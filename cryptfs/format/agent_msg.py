@@ -28,6 +28,8 @@ DEPTH_MAX = 6
 """Arrays and maps inside one another within args or a result."""
 ID_MAX = (1 << 63) - 1
 VERB_MAX_CHARS = 32
+_START_BYTES = 4096
+"""Room a message begins with. msgpack's own choice is 256 KiB each time, which the agent's memory fills twice."""
 
 CODES = frozenset(
     {
@@ -255,7 +257,7 @@ def _check(value: Any, depth: int) -> None:  # noqa: ANN401 - whatever msgpack m
 
 
 def _frame(message: list[Any]) -> bytes:
-    packed: bytes = msgpack.packb(message, use_bin_type=True)
+    packed: bytes = msgpack.packb(message, use_bin_type=True, buf_size=_START_BYTES)
     if len(packed) > MESSAGE_MAX_BYTES:
         raise ProtocolError(f"a message of {len(packed)} bytes; at most {MESSAGE_MAX_BYTES} are allowed")
     return len(packed).to_bytes(LENGTH_BYTES, "big") + packed

@@ -158,11 +158,18 @@ def test_signals_that_end_everything_of_a_user_do_not_end_the_guardian_before_it
         # Until it has got so far as to ignore them, they end it: then another one takes its place.
         ignored = 1 << signal.SIGTERM - 1
         assert wait_until(lambda: bool(signals_ignored(guardian) & ignored), 5)
+        assert wait_until(lambda: core_limit(guardian) == ["0", "0"], 5)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(guardian, number)
         mounted.kill_daemon()
         assert wait_until(lambda: holder.look() == NOTHING, 5), holder.look()
     assert wait_until(lambda: not os.path.exists(f"/proc/{guardian}"), 5)
+
+
+def core_limit(pid: int) -> list[str]:
+    """Soft and hard, in bytes."""
+    lines = Path(f"/proc/{pid}/limits").read_text("utf-8").splitlines()
+    return next(line.split()[4:6] for line in lines if line.startswith("Max core file size"))
 
 
 def signals_ignored(pid: int) -> int:
