@@ -64,9 +64,10 @@ def policy(  # noqa: PLR0913  one parameter per option
     as_json: bool,
     given: Given,
 ) -> None:
-    """Show the policy of the volume DIR, or change what is given; `default` takes a value back.
+    """Show the policy of the volume DIR, or of the domain mounted at DIR, or change what is given.
 
-    It is part of the volume, and takes effect at once where it is mounted. Changing it takes the volume's key.
+    The word `default` takes a value back. It is part of the volume, and takes effect at once where that is mounted;
+    changing it takes the volume's key.
     """
     options = {
         "caching": None if caching is None else int(caching), "for_s": for_s, "idle_s": idle_s, "max_age_s": max_age_s,

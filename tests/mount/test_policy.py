@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +175,20 @@ def test_without_the_agent_keys_live_as_long_as_the_policy_of_that_moment_says(m
         box.unlock()
         assert read_uncached(fd) == CONTENT
     assert status(box)["policy"]["max_age_s"] == 2
+
+
+def test_a_domain_has_a_policy_of_its_own(mounted: Box) -> None:
+    box, domain = mounted, mounted.clear / "domain"
+    secret = {"CRYPTFS_PASSPHRASE": "another horse, another staple 8"}
+    box.run("domain", "create", "--kdf-cost", "low", domain, env=secret)
+    (domain / "file").write_bytes(CONTENT)
+    box.run("policy", domain, "--no-cache", "--max-uses", "3")
+    box.run("policy", box.clear, "--max-uses", "5")
+    volumes = json.loads(box.run("status", "--json").stdout)
+    found = {Path(each["cipher_dir"]).parent.name == "domains": each for each in volumes}
+    assert len(found) == len(volumes) == 2
+    assert (found[True]["policy"]["caching"], found[True]["policy"]["max_uses"]) == (False, 3)
+    assert (found[False]["policy"]["caching"], found[False]["policy"]["max_uses"]) == (True, 5)
+    assert found[True]["cache"]["entries"] == 0
+    assert found[False]["cache"]["entries"] > 0
+    assert (domain / "file").read_bytes() == CONTENT
