@@ -46,7 +46,12 @@ SYNC_S = 1.0
 """How much of the record a power cut may cost; a `kill -9` costs nothing."""
 MESSAGE_MAX_CHARS = 300
 
-_QUIET = frozenset({"hello", "status", "floors", "record", "begin", "locked", "about", "audit", "report", "reports"})
+_QUIET = frozenset(
+    {
+        "hello", "status", "floors", "record", "begin", "locked", "about", "audit", "report", "reports", "rotation",
+        "rotation-get",
+    }
+)  # fmt: skip
 """Verbs that hand out no key and change nothing worth a line; their refusal is one."""
 _SELF_TOLD = frozenset({"create", "unlock"})
 """They call `unlocked` before the KEK is held."""

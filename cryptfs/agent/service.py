@@ -30,6 +30,7 @@ from cryptfs.agent.policies import Policies, terms_of
 from cryptfs.agent.recording import Attachment, Peer, Recording, check_file
 from cryptfs.agent.reports import Reports
 from cryptfs.agent.reverify import Reverifier
+from cryptfs.agent.rotations import Rotations
 from cryptfs.agent.shred_places import ShredPlaces
 from cryptfs.agent.shred_store import ShredStore
 from cryptfs.agent.unlocking import Key, NewVolume, Providers, Unlocked, create_volume, unlock_volume
@@ -125,6 +126,7 @@ class Service:
             keyring=self._keyring, records=records, audit=audit, attached=self._attached, providers=providers,
             places=self._places, random=random, clock=clock, in_thread=self._in_kdf_thread, policies=self.policies,
         )  # fmt: skip
+        rotations = Rotations(self._attached)
         self._inline: Mapping[str, Callable[[Args], dict[str, Any]]] = {
             "unwrap": self._unwrap,
             "rewrap": self._rewrap,
@@ -133,12 +135,14 @@ class Service:
             "keep": self._keep,
             "status": self._status,
             "about": self._about,
+            **rotations.inline,
         }
         self._of_peer: Mapping[str, Callable[[Peer, Args], dict[str, Any]]] = {
             "hello": self._hello,
             "detach": self._detach,
             "locked": self._locked,
             "report": self._reports.answered,
+            "rotation": rotations.report,
         }
         self._slow: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "create": self._create,

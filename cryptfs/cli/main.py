@@ -38,6 +38,7 @@ _VERBS = {
     "domain": "cryptfs.cli.domain:domain",
     "check": "cryptfs.cli.check:check",
     "export": "cryptfs.cli.export:export",
+    "rotate": "cryptfs.cli.rotate:rotate",
     "shred": "cryptfs.cli.shred:shred",
     "audit": "cryptfs.cli.audit:audit",
     "agent": "cryptfs.cli.agent_verbs:agent",

@@ -10,6 +10,7 @@ import trio
 from cryptfs.daemon.args import DaemonArgs
 from cryptfs.daemon.locking import Locking
 from cryptfs.daemon.policies import Policies
+from cryptfs.daemon.rotating import Rotating
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse.forgetting import Forgetting
 from cryptfs.fuse.gate import Gate
@@ -45,8 +46,10 @@ class Keyed:
         self._nursery.start_soon(self.policies.serve, self.link)
 
     def serve_volume(self, volume: Volume, forgetting: Forgetting) -> None:
-        """Start the volume's background work and its locking."""
-        self._nursery.start_soon(volume.serve)
+        """Start the volume's background work, rotations among it, and its locking."""
+        rotating = Rotating(self.link, volume)
+        self.heard.append(rotating.on_event)
+        self._nursery.start_soon(volume.serve, rotating.serve)
         self._nursery.start_soon(self.locking.serve, self.link, self.keys, volume, forgetting)
 
     async def leave(self) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import trio
 
-from cryptfs.errors import Damaged
+from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.format.dirlog import Entry
 from cryptfs.fs.context import log
 from cryptfs.fs.directory import DirNode, pinned
@@ -71,7 +71,8 @@ class Pace:
 class Rotation:
     """To KEK `kek_version` or a newer one. `run` it; cancelled or failed, it can be run again, here or elsewhere."""
 
-    def __init__(self, volume: Volume, kek_version: int, share: float = 1.0) -> None:
+    def __init__(self, volume: Volume, kek_version: int, share: float = 1.0, workers: int = 1) -> None:
+        """`share` of the time is worked (`Pace`); `workers`: logs of one directory that are rewritten at a time."""
         self.kek_version = kek_version
         self.left: frozenset[bytes] = frozenset()
         """After `run`: ids of logs that need an older KEK. Empty: no older KEK is needed by anything."""
@@ -80,6 +81,7 @@ class Rotation:
         self._volume = volume
         self._ctx = volume.ctx
         self._share = share
+        self._workers = workers
         self._pace = Pace(share)
         self._done = 0
         self._expected = 0
@@ -204,10 +206,29 @@ class Rotation:
             return
         with pinned(node):
             await self._try(inode.log_id, lambda: self._own_log(node), lambda: not node.removed)
+            await self._entries(inode, node, wanted, todo)
+
+    async def _entries(self, inode: Inode, node: DirNode, wanted: AbstractSet[bytes] | None, todo: list[Inode]) -> None:
+        failed: list[Exception] = []
+        free = trio.Semaphore(self._workers)
+        async with trio.open_nursery() as nursery:
+
+            async def one(entry: Entry) -> None:
+                try:
+                    # What went elsewhere meanwhile has arrived there.
+                    if _is_in(node, entry):
+                        await self._entry(inode, node, entry, wanted, todo)
+                except (OSError, CryptfsError) as error:
+                    failed.append(error)
+                    nursery.cancel_scope.cancel()
+                finally:
+                    free.release()
+
             for entry in list(node.entries.values()):
-                # What went elsewhere meanwhile has arrived there.
-                if _is_in(node, entry):
-                    await self._entry(inode, node, entry, wanted, todo)
+                await free.acquire()
+                nursery.start_soon(one, entry)
+        if failed:
+            raise failed[0]
 
     async def _opened(self, inode: Inode) -> DirNode | None:
         """A directory; None if it is gone, or cannot be read, and with it nothing that is in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -40,8 +41,8 @@ class Volume:
         """The root directory."""
         return self.inodes.root
 
-    async def serve(self) -> None:
-        """Background work: settling files, deleting what is dead. Ends when cancelled."""
+    async def serve(self, *others: Callable[[], Awaitable[None]]) -> None:
+        """Background work: settling files, deleting what is dead, and `others`. Ends when cancelled, or by `close`."""
         self._idle = trio.Event()
         try:
             with self._background:
@@ -51,6 +52,8 @@ class Volume:
                         nursery.start_soon(self.ctx.freshness.serve)
                         nursery.start_soon(self.files.serve)
                         nursery.start_soon(self.reaper.serve)
+                    for other in others:
+                        nursery.start_soon(other)
                     await trio.sleep_forever()
         finally:
             self.ctx.spawn = None

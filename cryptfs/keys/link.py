@@ -14,6 +14,7 @@ import trio
 
 from cryptfs.errors import AgentUnavailable
 from cryptfs.keys.agent_client import AgentClient, connect
+from cryptfs.keys.rotation_requests import Report
 from cryptfs.keys.volume_requests import VolumeRequests
 
 
@@ -44,6 +45,9 @@ class AgentLink(VolumeRequests):
         self._socket_path = socket_path
         self._mounted = mounted
         self._on_event = on_event
+        self.read_volume = mounted.read_volume
+        self.shown = b""
+        """The `volume` file as the agent last found it authentic."""
         self._client: AgentClient | None = None
         self._connecting = trio.Lock()
         self._closing = False
@@ -81,17 +85,21 @@ class AgentLink(VolumeRequests):
                 },
             )  # fmt: skip
 
+    async def report_rotation(self, report: Report) -> None:
+        """Tell the agent how far a rotation is, for whoever asks there. Raises as `AgentClient.request` does."""
+        await (await self._connected()).request("rotation", report.args(self._mounted.volume_id))
+
     def interrupt(self) -> None:
         """Have requests that wait for the agent fail now."""
         if self._client is not None:
             self._client.interrupt()
 
     async def _attach(self, client: AgentClient) -> None:
-        mounted = self._mounted
+        mounted, data = self._mounted, self.read_volume()
         attached = await client.attach(
-            volume_id=mounted.volume_id, cipher_dir=mounted.cipher_dir, mountpoint=mounted.mountpoint,
-            volume=mounted.read_volume(),
+            volume_id=mounted.volume_id, cipher_dir=mounted.cipher_dir, mountpoint=mounted.mountpoint, volume=data
         )  # fmt: skip
+        self.shown = data
         self._on_event("policy", {"serial": attached.serial, "policy": attached.policy.encode()})
 
     async def detach(self, *, keep: bool = False) -> None:

@@ -106,10 +106,10 @@ def data_files(tree: Tree) -> dict[str, tuple[bytes, int]]:
     return out
 
 
-async def rotated(tree: Tree, *, check: bool = True) -> Rotation:
+async def rotated(tree: Tree, *, check: bool = True, workers: int = 1) -> Rotation:
     """A new KEK, everything rewritten under it, the old one destroyed."""
     version = tree.sample.rotate()
-    rotation = Rotation(tree.volume, version)
+    rotation = Rotation(tree.volume, version, workers=workers)
     await rotation.run()
     if check:
         assert (rotation.left, rotation.failures) == (frozenset(), {})
@@ -140,12 +140,12 @@ def versions(tree: Tree) -> set[int]:
 # all of it ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("old", [True, False])
-async def test_everything_is_read_without_the_old_kek(tree: Tree, old: bool) -> None:
+@pytest.mark.parametrize(("old", "workers"), [(True, 1), (False, 1), (True, 8)])
+async def test_everything_is_read_without_the_old_kek(tree: Tree, old: bool, workers: int) -> None:
     files = await populate(tree)
     if old:
         await tree.remount()
-    rotation = await rotated(tree)
+    rotation = await rotated(tree, workers=workers)
     assert rotation.progress == Progress(rotation.progress.done, rotation.progress.done, 0)
     assert rotation.progress.done >= 12
     forget_keys(tree)

@@ -1,0 +1,382 @@
+"""The steps of `rotate`: what is asked of agent and daemon, and what is done here when there is no daemon."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptfs.cli import key_agent, ui
+from cryptfs.cli.advice import hinted
+from cryptfs.errors import (
+    AgentUnavailable,
+    CryptfsError,
+    StoreFailed,
+    UsageError,
+    VolumeBusy,
+    VolumeLocked,
+    WrongSecret,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cryptfs.cli.protectors import Choice, Given
+    from cryptfs.format.volume import Protector, Volume
+    from cryptfs.keys.agent_client import AgentClient
+    from cryptfs.keys.rotation_requests import Known
+
+POLL_S = 0.3
+BEGIN_S = 20.0
+"""How long a daemon may take to begin, on a machine with other things to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything was looked at. `left`: how many things need an older KEK; `ids`: which, the first of them."""
+
+    kek_version: int
+    done: int
+    left: int
+    ids: tuple[bytes, ...]
+
+    @property
+    def did_nothing(self) -> bool:
+        """Everything was under the newest KEK before."""
+        return not self.done and not self.left
+
+
+# asking ------------------------------------------------------------------------------------------------------------
+
+
+def known(volume: Volume) -> Known | None:
+    """What the agent knows of a volume's rotation; None if no agent runs."""
+    from cryptfs.cli import plain_agent
+    from cryptfs.keys.rotation_requests import get_known
+
+    return plain_agent.ask("rotation-get", {"volume_id": volume.volume_id}, get_known, None)
+
+
+def start(cipher_dir: Path) -> None:
+    """Have the daemon go on with it, if it is not at it."""
+    volume = _read(cipher_dir)
+    now = known(volume)
+    report = now.report if now is not None and now.attached else None
+    if report is not None and _is_about(report.kek_version, volume) and report.state in {"running", "done"}:
+        return
+    with suppress(VolumeBusy):  # it began by itself meanwhile
+        _tell(volume, "rotate-start")
+
+
+def check_mounted(cipher_dir: Path) -> None:
+    """Raise `UsageError` if there is no daemon to do anything."""
+    if _mounted_on(cipher_dir) is None:
+        raise UsageError("the volume is not mounted: nobody would rewrite it in the background")
+
+
+def cancel(cipher_dir: Path) -> None:
+    """Have the daemon stop. Raises `UsageError` if there is none."""
+    if not _tell(_read(cipher_dir), "rotate-cancel"):
+        raise hinted(UsageError("the volume is not mounted: nothing is being rewritten"), "a `rotate` ends on ctrl-C")
+
+
+def _tell(volume: Volume, verb: str) -> bool:
+    from cryptfs.keys.rotation_requests import get_was_attached
+
+    async def request(client: AgentClient) -> bool:
+        return get_was_attached(await client.request(verb, {"volume_id": volume.volume_id}))
+
+    return key_agent.ask(request)
+
+
+def _read(cipher_dir: Path) -> Volume:
+    from cryptfs.ops.info import read_volume
+
+    return read_volume(cipher_dir)
+
+
+def _is_about(kek_version: int, volume: Volume) -> bool:
+    return kek_version == volume.kek_version
+
+
+def is_unfinished(cipher_dir: Path) -> bool:
+    """Whether there are older KEK versions whose logs are not known to be all rewritten.
+
+    Raises `VolumeBusy` if they are being rewritten right now.
+    """
+    from cryptfs.cli.rotate import older_versions
+
+    volume = _read(cipher_dir)
+    if not older_versions(volume):
+        return False
+    now = known(volume)
+    if now is None or now.report is None or not _is_about(now.report.kek_version, volume):
+        return True
+    if now.report.state == "running":
+        raise hinted(
+            VolumeBusy("a rotation is under way: everything is being rewritten"),
+            f"`cryptfs rotate {cipher_dir} --status` shows how far it is, --cancel stops it",
+        )
+    return now.report.state != "done" or now.report.left > 0
+
+
+# keys --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """What was given to open the volume, and for which protector (None: any of its kind)."""
+
+    choice: Choice
+    value: bytes = field(repr=False)
+
+
+@contextmanager
+def unlocked(cipher_dir: Path, given: Given, *, secret_wanted: bool) -> Iterator[Secret | None]:
+    """Have the volume unlocked for the length of a block, or as long as it is mounted; the secret, if it is wanted.
+
+    Raises as `unlock_volume`.
+    """
+    from cryptfs.cli.unlock import unlock_volume
+
+    volume = _read(cipher_dir)
+    was_unlocked, secret = key_agent.is_unlocked(volume.volume_id), None
+    if secret_wanted and not volume.ephemeral:
+        secret = _secret(cipher_dir, volume, given, unlock=not was_unlocked)
+    else:
+        unlock_volume(cipher_dir, given)
+    try:
+        yield secret
+    finally:
+        held = key_agent.find(volume.volume_id)
+        if not was_unlocked and held is not None and held.daemon_pid is None:
+            with suppress(CryptfsError):
+                key_agent.lock(volume.volume_id)
+
+
+def _secret(cipher_dir: Path, volume: Volume, given: Given, *, unlock: bool) -> Secret:
+    """Read once, as a descriptor can be: it unlocks the volume, and wraps the new KEK."""
+    from cryptfs.cli import shred_secret
+    from cryptfs.ops.info import read_volume_file
+
+    choice, attempt = given.choose(volume), 1
+    while True:
+        try:
+            secret = Secret(choice, choice.read())
+            if unlock:
+                with ui.waiting("unlocking"):
+                    key_agent.unlock(
+                        read_volume_file(cipher_dir), cipher_dir, secret.value, kind=choice.kind,
+                        protector_id=choice.protector_id, shredding=shred_secret.read(volume),
+                    )  # fmt: skip
+        except CryptfsError as failure:
+            if not choice.may_ask_again(failure, attempt):
+                raise choice.explained(failure) from failure.__cause__
+            ui.warning(f"{failure}; try again")
+            attempt += 1
+        else:
+            return secret
+
+
+def add_version(cipher_dir: Path, secret: Secret | None, *, drop_others: bool) -> int:
+    """A new KEK version in the `volume` file, durable and in use when this returns; which one.
+
+    Every protector that is to open the volume from then on needs its secret once more; the others are left out. Raises
+    `WrongSecret`, `UsageError` (nobody agreed to leave the others out), `StoreFailed`, `VolumeBusy`.
+    """
+    from cryptfs.cli import shred_secret
+    from cryptfs.cli.volume_edit import Edit
+    from cryptfs.format.volume import parse_volume
+    from cryptfs.keys.edit_requests import rotate_kek
+
+    volume = _read(cipher_dir)
+    tries = [[each] for each in _first(volume, secret)] or [[]]
+    if secret is not None and len(tries) == 1 and not drop_others and secret.choice.is_prompt:
+        tries[0] += _more(volume, tries[0][0][0])
+    shredding = shred_secret.read(volume)
+
+    async def make(client: AgentClient, data: bytes) -> bytes:
+        new = None
+        while new is None:
+            carried = tries.pop(0)
+            try:
+                new = await rotate_kek(client, volume.volume_id, data, carried, shredding)
+            except WrongSecret:
+                if not tries:
+                    raise
+        kept = {protector.protector_id for protector in parse_volume(new).protectors}
+        others = [protector for protector in volume.protectors if protector.protector_id not in kept]
+        if others:
+            _agree(others, asking=secret is None or secret.choice.is_prompt, drop_others=drop_others)
+        return new
+
+    with Edit.of(cipher_dir) as edit:
+        try:
+            edit.change(make, lambda: None)
+        except WrongSecret as failure:
+            raise secret.choice.explained(failure) if secret is not None else failure from None
+    return _read(cipher_dir).kek_version
+
+
+def _first(volume: Volume, secret: Secret | None) -> list[tuple[bytes, bytes]]:
+    """(protector id, secret): the one protector that was chosen, or all of its kind, of which one will open."""
+    if secret is None:
+        return []
+    if secret.choice.protector is not None:
+        return [(secret.choice.protector_id, secret.value)]
+    return [(p.protector_id, secret.value) for p in volume.protectors if p.kind == secret.choice.kind]
+
+
+def _more(volume: Volume, first: bytes) -> list[tuple[bytes, bytes]]:
+    """The other protectors that a person wants to keep, with their secrets."""
+    import click
+
+    from cryptfs.cli.keyfile import read_keyfile
+    from cryptfs.cli.passphrase import PIN, Sources
+    from cryptfs.cli.protectors import KEYFILE, Choice, Given
+
+    nothing = Given(Sources(), Sources(words=PIN))
+    out: list[tuple[bytes, bytes]] = []
+    for protector in volume.protectors:
+        if protector.protector_id == first:
+            continue
+        name = f"{protector.label!r} ({protector.kind})"
+        if not click.confirm(f"Shall {ui.printable(name)} go on opening the volume? It takes its secret", err=True):
+            continue
+        if protector.kind == KEYFILE:
+            secret = read_keyfile(Path(click.prompt("Its key file", err=True)))
+        else:
+            secret = Choice(protector.kind, protector, nothing).read()
+        out.append((protector.protector_id, secret))
+    return out
+
+
+def _agree(others: Sequence[Protector], *, asking: bool, drop_others: bool) -> None:
+    """Say who is left out. Raises `UsageError` if nobody wants that."""
+    import click
+
+    names = ui.printable(", ".join(f"{protector.label!r} ({protector.kind})" for protector in others))
+    if drop_others:
+        ui.note(f"left out, and no way into the volume any more: {names}")
+    elif not asking:
+        raise hinted(
+            UsageError(f"these protectors would be left out: {names}"),
+            "--drop-others agrees to that; `cryptfs protector add` makes new ones afterwards",
+        )
+    elif not click.confirm(f"Leave out {names}?", err=True):
+        raise UsageError("nothing was changed")
+
+
+def destroy_older(cipher_dir: Path) -> None:
+    """Take the older KEK versions out of the `volume` file. What needs one of them is noise when this returns."""
+    from cryptfs.cli.volume_edit import Edit
+    from cryptfs.keys.edit_requests import destroy_keks
+
+    volume_id = _read(cipher_dir).volume_id
+    with Edit.of(cipher_dir) as edit, ui.waiting("destroying the older keys"):
+        edit.change(lambda client, data: destroy_keks(client, volume_id, data), lambda: None)
+
+
+# rewriting ---------------------------------------------------------------------------------------------------------
+
+
+def rewrite(cipher_dir: Path, given: Given) -> Outcome:
+    """Everything under the newest KEK: by the daemon of a mounted volume, else here.
+
+    Raises `StoreFailed` (full disk), `VolumeLocked`, `AgentUnavailable`, `VolumeBusy`; then it can be gone on with.
+    """
+    mountpoint = _mounted_on(cipher_dir)
+    return _rewrite_here(cipher_dir, given) if mountpoint is None else _rewrite_there(cipher_dir, mountpoint)
+
+
+def _mounted_on(cipher_dir: Path) -> Path | None:
+    """Where a daemon has it, or has the volume whose domain it is, as far as it told the agent."""
+    from cryptfs.cli import mounts
+
+    daemon = mounts.daemon_of_volume(cipher_dir)
+    if daemon is not None:
+        return daemon.mountpoint
+    held = key_agent.find(_read(cipher_dir).volume_id)
+    return Path(held.mountpoint or "/") if held is not None and held.daemon_pid is not None else None
+
+
+def _rewrite_here(cipher_dir: Path, given: Given) -> Outcome:
+    from cryptfs.cli.meter import Meter
+    from cryptfs.cli.volume_access import Reached, with_volume
+    from cryptfs.fs.rotation import Progress
+    from cryptfs.ops.rotate import rotate_offline
+
+    version = _read(cipher_dir).kek_version
+    with Meter("rewriting") as meter:
+
+        def show(now: Progress) -> None:
+            meter.show(now.done, now.total)
+
+        async def work(reached: Reached) -> Outcome:
+            ended = await rotate_offline(reached.access, version, show)
+            return Outcome(version, ended.progress.done, len(ended.left), tuple(sorted(ended.left)))
+
+        return with_volume(cipher_dir, given, work, exclusive=True)
+
+
+def _rewrite_there(cipher_dir: Path, mountpoint: Path) -> Outcome:
+    from cryptfs.cli.meter import Meter
+
+    volume = _read(cipher_dir)
+    since_s, begun = time.monotonic(), False
+    with Meter("rewriting") as meter:
+        while True:
+            now = known(volume)
+            if now is None:
+                raise AgentUnavailable("the key agent is gone; the mounted volume goes on once it is back and unlocked")
+            report = now.report if now.attached else None
+            if report is None or not _is_about(report.kek_version, volume):
+                if time.monotonic() - since_s > BEGIN_S:
+                    raise AgentUnavailable(f"the daemon of {mountpoint} does not answer; the next mount goes on")
+                # One that lost sight of the agent finds it when something in the mount needs a key.
+                with suppress(OSError):
+                    os.listdir(mountpoint)
+            elif report.state == "running":
+                begun = True
+                meter.show(report.done, report.total)
+            elif report.state == "done":
+                return Outcome(report.kek_version, report.done, report.left, report.ids)
+            elif report.state == "waiting":
+                raise VolumeLocked(f"{report.message}; the rewriting goes on once the volume is unlocked")
+            elif begun:
+                _raise_stopped(report.state, report.message)
+            else:
+                # As an earlier call left it: the word to go on makes the agent forget this report.
+                with suppress(VolumeBusy):
+                    _tell(volume, "rotate-start")
+                begun, since_s = True, time.monotonic()
+            time.sleep(POLL_S)
+
+
+def _raise_stopped(state: str, message: str) -> None:
+    if state == "cancelled":
+        raise hinted(
+            StoreFailed("the rewriting was cancelled; what is done stays done"), "`cryptfs rotate DIR --kek` goes on"
+        )
+    raise StoreFailed(f"the rewriting has stopped: {message}; what is done stays done")
+
+
+def names_of(cipher_dir: Path, given: Given, ids: Sequence[bytes]) -> list[str]:
+    """What these ids are called in the volume, as far as that can be found out; else the id."""
+    from cryptfs.cli.volume_access import Reached, with_volume
+    from cryptfs.ops.paths_by_id import Paths, paths_by_id
+
+    async def work(reached: Reached) -> Paths:
+        return await paths_by_id(reached.access)
+
+    found: Paths = {}
+    with suppress(CryptfsError, OSError):
+        found = with_volume(cipher_dir, given, work, exclusive=False)
+    return [
+        ui.printable(found[log_id][0].decode(errors="surrogateescape")) if found.get(log_id) else f"id {log_id.hex()}"
+        for log_id in ids
+    ]

@@ -1,0 +1,163 @@
+"""How much slower reading and writing are while everything is rewritten under another KEK: ratios of medians.
+
+    python -m scripts.measure_rotation [--rounds 7] [--files 3000] [--disk DIR]
+
+One mount; in each round everything is measured twice, in turns: with the rotation at work and with it cancelled. So
+what else the machine does falls on both. Prints a JSON object: seconds (medians), their ratio, and the load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PASSPHRASE = "measure rotation 7"
+MIB = 1 << 20
+LARGE_BYTES, WRITTEN_BYTES = 64 * MIB, 16 * MIB
+SMALL, SYNCS = 100, 30
+WAIT_S = 60
+
+
+class Volume:
+    """A mounted one in `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.vault, self.clear = root / "vault", root / "clear"
+        self.environment = {**os.environ, "CRYPTFS_PASSPHRASE": PASSPHRASE}
+        for name, variable in (("h", "HOME"), ("r", "XDG_RUNTIME_DIR"), ("s", "XDG_STATE_HOME")):
+            (root / name).mkdir(mode=0o700)
+            self.environment[variable] = str(root / name)
+        self.clear.mkdir()
+
+    def run(self, *words: str | Path) -> str:
+        """`cryptfs WORDS`; what it printed."""
+        command = [sys.executable, "-m", "cryptfs", *map(str, words)]
+        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout
+
+    def wait_for(self, *states: str) -> str:
+        """Until the rotation is in one of them."""
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            state: str = json.loads(self.run("rotate", self.vault, "--status", "--json"))["state"]
+            if state in states:
+                return state
+            time.sleep(0.1)
+        raise TimeoutError(f"the rotation did not become {' or '.join(states)}")
+
+    def rotating(self) -> None:
+        """Have it at work; one that is done is followed by another."""
+        self.run("rotate", self.vault, "--kek", "--background")
+        if self.wait_for("running", "done") == "done":
+            self.run("rotate", self.vault, "--destroy-old")
+            self.rotating()
+
+    def quiet(self) -> None:
+        """Have it cancelled, or at its end."""
+        self.run("rotate", self.vault, "--cancel")
+        self.wait_for("cancelled", "done")
+
+
+def cold(path: Path) -> None:
+    """Read a file that nobody has cached."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        while os.read(fd, MIB):
+            pass
+    finally:
+        os.close(fd)
+
+
+def read_large(top: Path) -> None:
+    """A large file, cold."""
+    cold(top / "large")
+
+
+def read_small(top: Path) -> None:
+    """Small files, cold."""
+    for number in range(SMALL):
+        cold(top / "small" / str(number))
+
+
+def write_large(top: Path) -> None:
+    """A large file, written anew and synced."""
+    with (top / "written").open("wb", buffering=0) as out:
+        for _ in range(WRITTEN_BYTES // MIB):
+            out.write(bytes(MIB))
+        os.fsync(out.fileno())
+
+
+def write_synced(top: Path) -> None:
+    """One block after the other, each synced."""
+    with (top / "large").open("r+b", buffering=0) as out:
+        for number in range(SYNCS):
+            os.pwrite(out.fileno(), os.urandom(4096), number * 3 * 65536)
+            os.fsync(out.fileno())
+
+
+WORK: tuple[Callable[[Path], None], ...] = (read_large, read_small, write_large, write_synced)
+
+
+def timed(work: Callable[[Path], None], top: Path) -> float:
+    """Seconds."""
+    began = time.monotonic()
+    work(top)
+    return time.monotonic() - began
+
+
+def measure(volume: Volume, rounds: int) -> dict[str, object]:
+    """Medians and ratios, by kind of work."""
+    found: dict[bool, dict[str, list[float]]] = {at: {work.__name__: [] for work in WORK} for at in (True, False)}
+    load = [os.getloadavg()[0]]
+    for number in range(rounds):
+        for at_work in (True, False) if number % 2 else (False, True):
+            volume.rotating() if at_work else volume.quiet()
+            for work in WORK:
+                found[at_work][work.__name__].append(timed(work, volume.clear))
+        load.append(os.getloadavg()[0])
+    out: dict[str, object] = {"rounds": rounds, "load": [round(min(load), 1), round(max(load), 1)]}
+    for work in WORK:
+        rotating, quiet = (statistics.median(found[at][work.__name__]) for at in (True, False))
+        out[work.__name__] = {
+            "rotating_s": round(rotating, 4), "quiet_s": round(quiet, 4), "ratio": round(rotating / quiet, 2),
+        }  # fmt: skip
+    return out
+
+
+def main() -> int:
+    """Everything in a temporary directory, removed afterwards."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--files", type=int, default=3000, help="to be rewritten")
+    parser.add_argument("--disk", type=Path, help="where to make the volume")
+    args = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="cfs-", dir=args.disk))
+    volume = Volume(root)
+    try:
+        volume.run("init", "--kdf-cost", "low", volume.vault)
+        volume.run("mount", volume.vault, volume.clear)
+        try:
+            (volume.clear / "small").mkdir()
+            for number in range(args.files):
+                (volume.clear / "small" / str(number)).write_bytes(os.urandom(5000))
+            (volume.clear / "large").write_bytes(os.urandom(LARGE_BYTES))
+            volume.run("rotate", volume.vault, "--kek", "--background")
+            sys.stdout.write(json.dumps(measure(volume, args.rounds), indent=2) + "\n")
+        finally:
+            volume.run("umount", volume.clear)
+    finally:
+        shutil.rmtree(root)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

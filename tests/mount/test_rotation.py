@@ -1,0 +1,174 @@
+"""KEK rotation of a mounted volume: from open descriptors and under load, killed, cancelled, and what it is for."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import pytest
+
+from tests.mount.box import PASSPHRASE, Box
+from tests.mount.rotating import at_work, data_files, look, populate, status, wait_for
+from tests.reference.trees import reference_decrypt
+
+pytestmark = [pytest.mark.mount, pytest.mark.slow]
+
+KILLS = 4
+
+
+def test_under_load_nothing_changes_and_an_old_volume_file_opens_nothing(mounted: Box) -> None:
+    box = mounted
+    populate(box.clear)
+    kept = open(box.clear / "kept open", "w+b", buffering=0)  # noqa: SIM115 - closed below
+    kept.write(b"before")
+    gone = open(box.clear / "gone", "w+b", buffering=0)  # noqa: SIM115
+    gone.write(b"without a name" * 1000)
+    (box.clear / "gone").unlink()
+    os.fsync(kept.fileno())
+    before = data_files(box.vault)
+    old = (box.vault / "volume").read_bytes()
+    with at_work(box.clear) as work:
+        box.run("rotate", box.vault, "--kek", "--destroy-old")
+        rounds, reads = work.rounds, work.reads
+        assert wait_until_more(work.__dict__, rounds, reads)
+    assert work.failures == []
+    assert status(box)["older_versions"] == []
+    after = data_files(box.vault)
+    assert {path for path in before if after[path] != before[path]} == set()
+    look(box.clear)
+    kept.write(b" and after")
+    os.fsync(kept.fileno())
+    assert gone.seek(0) == 0
+    os.posix_fadvise(gone.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert gone.read() == b"without a name" * 1000
+    kept.close()
+    gone.close()
+    assert (box.clear / "written").read_bytes() == work.expected
+    box.remount()
+    look(box.clear)
+    assert (box.clear / "kept open").read_bytes() == b"before and after"
+    assert (box.clear / "written").read_bytes() == work.expected
+    box.umount()
+    box.run("check", box.vault, "--deep")
+    # Who had a copy of the old `volume` file and the passphrase has nothing in hand any more.
+    now, then = box.root / "now", box.root / "then"
+    ended = reference_decrypt(box.vault, now, PASSPHRASE.encode())
+    assert ended.returncode == 0, ended.stderr
+    look(now)
+    (box.vault / "volume").write_bytes(old)
+    ended = reference_decrypt(box.vault, then, PASSPHRASE.encode())
+    assert ended.returncode != 0
+    assert not [path for path in then.rglob("*") if path.is_symlink() or (path.is_file() and path.stat().st_size)]
+
+
+def wait_until_more(work: dict[str, object], rounds: int, reads: int) -> bool:
+    """Reader and writer go on after it."""
+    end = time.monotonic() + 30
+    while work["rounds"] == rounds or work["reads"] == reads:
+        if time.monotonic() > end or work["failures"]:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def rounds_of_kills(box: Box, kills: int, seed: int) -> int:
+    """Rotations whose daemon is killed again and again; how often that hit one under way."""
+    rng, hits = random.Random(seed), 0
+    populate(box.clear)
+    box.umount()
+    before = data_files(box.vault)
+    box.mount()
+    for number in range(kills):
+        shown = status(box)
+        if shown["state"] == "done" or not shown["older_versions"]:
+            box.run("rotate", box.vault, "--destroy-old")
+            box.run("rotate", box.vault, "--kek", "--background")
+        wait_for(box, "running", "done")
+        time.sleep(rng.uniform(0, 2.5))
+        hits += status(box)["state"] == "running"
+        box.kill_daemon()
+        box.mount()
+        if number % 3 == 2:
+            look(box.clear)
+    box.run("rotate", box.vault, "--destroy-old")
+    assert status(box)["older_versions"] == []
+    look(box.clear)
+    box.umount()
+    assert data_files(box.vault) == before
+    box.run("check", box.vault, "--deep")
+    return hits
+
+
+def test_killed_again_and_again(mounted: Box) -> None:
+    assert rounds_of_kills(mounted, KILLS, 1) >= 1
+
+
+def test_cancelled_seen_and_gone_on_with(mounted: Box) -> None:
+    box = mounted
+    assert status(box) == {
+        "kek_version": 1, "older_versions": [], "mounted": True, "state": None, "done": None, "total": None,
+        "failed": None, "left": None, "message": None, "failed_ids": [],
+    }  # fmt: skip
+    populate(box.clear)
+    box.run("rotate", box.vault, "--kek", "--background")
+    assert wait_for(box, "running")["older_versions"] == [1]
+    again = box.run("rotate", box.vault, "--kek", code=14)
+    assert "under way" in again.stderr
+    box.run("rotate", box.vault, "--cancel")
+    stopped = wait_for(box, "cancelled")
+    assert stopped["kek_version"] == 2
+    assert "going on" in box.run("rotate", box.vault, "--kek").stderr
+    ended = status(box)
+    assert (ended["state"], ended["kek_version"], ended["left"], ended["failed"]) == ("done", 2, 0, 0)
+    box.run("rotate", box.vault, "--kek", "--destroy-old")
+    assert (status(box)["kek_version"], status(box)["older_versions"]) == (3, [])
+    look(box.clear)
+
+
+def test_a_lock_in_the_middle_is_waited_for(mounted: Box) -> None:
+    box = mounted
+    populate(box.clear)
+    box.run("rotate", box.vault, "--kek", "--background")
+    wait_for(box, "running")
+    box.run("lock", box.vault)
+    assert wait_for(box, "waiting", "done")["older_versions"] == [1]
+    box.unlock()
+    assert wait_for(box, "done")["left"] == 0
+    look(box.clear)
+
+
+def test_damage_keeps_the_old_key_until_it_is_given_up(mounted: Box) -> None:
+    box = mounted
+    populate(box.clear)
+    box.umount()
+    victim = max(
+        (path for path in (box.vault / "sidecars").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    raw = bytearray(victim.read_bytes())
+    raw[160 + 130] ^= 1
+    victim.write_bytes(raw)
+    box.mount()
+    ended = box.run("rotate", box.vault, "--kek", "--destroy-old", code=21)
+    assert ended.stdout.startswith("/")
+    shown = status(box)
+    assert (shown["older_versions"], shown["left"], shown["failed_ids"]) == ([1], 1, [victim.name])
+    assert victim.read_bytes() == raw
+    raw[160 + 130] ^= 1
+    victim.write_bytes(raw)
+    box.run("rotate", box.vault, "--destroy-old", code=21)
+    box.remount()
+    box.run("rotate", box.vault, "--destroy-old")
+    assert status(box)["older_versions"] == []
+    look(box.clear)
+
+
+def test_a_read_only_mount_leaves_it_to_a_later_one(box: Box) -> None:
+    box.mount()
+    populate(box.clear)
+    box.run("rotate", box.vault, "--kek", "--background")
+    box.kill_daemon()
+    box.mount("--read-only")
+    look(box.clear)
+    box.remount()
+    assert wait_for(box, "done")["left"] == 0
