@@ -11,6 +11,7 @@ import pytest
 from cryptfs.fs import acl
 from cryptfs.fs.files import Changes
 from cryptfs.fs.newborn import kit_for
+from cryptfs.fs.rotation import Rotation
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.ports import DekProvider, KeyRun
@@ -172,3 +173,21 @@ async def test_a_directory_is_rebuilt_under_keys_that_are_good(kind: str) -> Non
     volume.ctx.keys = sample.keys()
     assert await volume.close()
     store.close_store()
+
+
+async def test_every_log_is_rewritten_under_a_new_kek_with_such_keys(kind: str) -> None:
+    store = MemoryStore()
+    tree = await Tree.make(store, block_size=BLOCK)
+    await everything(tree)
+    await tree.unmount()
+    keys, expire = short_lived(tree.sample, kind)
+    with expiring(expire):
+        await tree.mount(keys=keys)
+        rotation = Rotation(tree.volume, tree.sample.rotate())
+        await rotation.run()
+        assert (rotation.left, rotation.failures) == (frozenset(), {})
+        await check_everything(tree)
+        await tree.unmount()
+    await tree.mount()
+    await check_everything(tree)
+    await tree.finish()
