@@ -184,7 +184,7 @@ def read_volume(raw: bytes, given: Secret) -> tuple[Keys, bytes]:
     check(zero == 0 and length <= 1 << 20 and len(raw) == 48 + length, "volume file's length")
     body = unpack(raw[16:-32])
     check(isinstance(body, dict) and sorted(body) == VOLUME_KEYS, "volume file's keys")
-    check(body["features"] == [], f"features {body['features']}")
+    check(body["features"] in ([], ["domains"]), f"features {body['features']}")
     if body["shred"] is not None:
         sys.exit("error: the volume has a shred secret, which this program does not know how to ask for")
     size = body["block_size"]

@@ -59,8 +59,8 @@ _GUARDED = frozenset({"attach", "generate", "kits", "unwrap", "rewrap", "keep"})
 """Refused if they cannot be recorded."""
 _CHANGES = frozenset(
     {
-        "accept", "accept-volume", "policy-set", "protector-add", "protector-remove", "protector-change", "rotate-kek",
-        "destroy-keks", "commit", "shred",
+        "accept", "accept-volume", "policy-set", "feature-add", "protector-add", "protector-remove", "protector-change",
+        "rotate-kek", "destroy-keks", "commit", "shred",
     }
 )  # fmt: skip
 """Recorded before they are done, and again with their outcome."""
@@ -305,6 +305,8 @@ def _detail_of(verb: str, args: Mapping[str, Any]) -> Detail:
         return {"kind": str(args["kind"]), "label": str(args["label"])}
     if verb == "protector-remove":
         return {"protector": args["protector_id"].hex()}
+    if verb == "feature-add":
+        return {"feature": str(args["feature"])}
     if verb == "policy-set":
         return {name.replace("_", "-"): value for name, value in args["policy"].items()}
     if verb == "commit":

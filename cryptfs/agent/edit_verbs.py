@@ -58,6 +58,7 @@ class Editing:
         self._policies = policies
         self.verbs: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "policy-set": self._policy_set,
+            "feature-add": self._feature_add,
             "protector-add": self._protector_add,
             "protector-remove": self._protector_remove,
             "protector-change": self._protector_change,
@@ -72,6 +73,11 @@ class Editing:
         arg.expect(args, "volume_id", "volume", "policy")
         policy = get_policy(args, "policy")
         return await self._edited(args, lambda now: editing.with_policy(now, policy))
+
+    async def _feature_add(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        arg.expect(args, "volume_id", "volume", "feature")
+        feature = arg.get_text(args, "feature", LABEL_MAX_CHARS)
+        return await self._edited(args, lambda now: editing.with_feature(now, feature))
 
     async def _protector_add(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume", "kind", "wish", "label", "secret", "shred_secret")

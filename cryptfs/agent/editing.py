@@ -26,7 +26,7 @@ from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.wrap import KEK_BYTES, ZERO_ID, unwrap_keys, wrap_keys, wrapping_key
 from cryptfs.errors import CryptfsError, UnsupportedFormat, UsageError, VolumeDamaged, WrongSecret
 from cryptfs.format.policy import Policy
-from cryptfs.format.volume import KEK_VERSIONS_MAX, PROTECTORS_MAX, Protector, Volume, WrappedKey
+from cryptfs.format.volume import DOMAINS, KEK_VERSIONS_MAX, PROTECTORS_MAX, Protector, Volume, WrappedKey
 from cryptfs.ports import Random
 from cryptfs.types import ID_BYTES, WRAPPED_BYTES, Purpose
 
@@ -34,6 +34,15 @@ from cryptfs.types import ID_BYTES, WRAPPED_BYTES, Purpose
 def with_policy(now: Unlocked, policy: Policy) -> Unlocked:
     """Another policy."""
     return _edited(now, policy=policy)
+
+
+def with_feature(now: Unlocked, feature: str) -> Unlocked:
+    """One feature more that readers must know. Raises `UsageError` if the volume has it, or it is none to be added."""
+    if feature != DOMAINS:
+        raise UsageError("there is no such feature to be added")
+    if feature in now.volume.features:
+        raise UsageError("the volume has that feature")
+    return _edited(now, features=tuple(sorted({*now.volume.features, feature})))
 
 
 def with_protector(

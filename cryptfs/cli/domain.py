@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cryptfs.cli.located import Inside
     from cryptfs.cli.new_protector import NewProtector
     from cryptfs.cli.protectors import Given
+    from cryptfs.format.volume import Volume
 
 
 @click.group()
@@ -87,6 +88,7 @@ def create(
         block_size = volume.block_size
     empty = _made(inside.path)
     try:
+        _announce(inside.cipher_dir, volume)
         with new.made(kind, label, inside.cipher_dir, str(inside.mountpoint)) as made:
             with (
                 ui.waiting("making the domain"),
@@ -153,6 +155,22 @@ def _made(path: Path) -> bool:
     except OSError as error:
         raise located.failure(path, error) from None
     return False
+
+
+def _announce(cipher_dir: Path, volume: Volume) -> None:
+    """Have the `volume` file say that there are domains, for programs that do not know them: they refuse it.
+
+    Before there is the first one; a crash after it leaves a volume that says so and has none.
+    """
+    from cryptfs.cli.volume_edit import Edit
+    from cryptfs.format.volume import DOMAINS, parse_volume
+    from cryptfs.keys.edit_requests import add_feature
+
+    if DOMAINS in volume.features:
+        return
+    with Edit.of(cipher_dir) as edit:
+        if DOMAINS not in parse_volume(edit.data).features:
+            edit.change(lambda client, data: add_feature(client, volume.volume_id, data, DOMAINS), lambda: None)
 
 
 def _is_or_may_be_domain(path: Path) -> bool:

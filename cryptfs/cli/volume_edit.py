@@ -49,6 +49,11 @@ class Edit:
     def __init__(self, edit: VolumeEdit) -> None:
         self._edit = edit
 
+    @property
+    def data(self) -> bytes:
+        """The file's bytes now."""
+        return self._edit.data
+
     @classmethod
     @contextlib.contextmanager
     def of(cls, cipher_dir: Path) -> Iterator[Edit]:

@@ -28,7 +28,9 @@ BLOCK_SIZE_MIN = 4096
 BLOCK_SIZE_MAX = 1 << 20
 EPHEMERAL = "ephemeral"
 """The feature of a volume without protectors: its KEK is never stored."""
-KNOWN_FEATURES: frozenset[str] = frozenset({EPHEMERAL})
+DOMAINS = "domains"
+"""The feature of a volume that has, or had, domains (FORMAT.md §6)."""
+KNOWN_FEATURES: frozenset[str] = frozenset({EPHEMERAL, DOMAINS})
 
 PASSPHRASE = "passphrase"  # noqa: S105 - the protector kind's name
 SEALED_KEK_BYTES = frozenset({32, 40})

@@ -67,6 +67,11 @@ async def set_policy(client: AgentClient, volume_id: bytes, volume: bytes, polic
     return await _edited(client, "policy-set", volume_id, volume, policy=dict(policy))
 
 
+async def add_feature(client: AgentClient, volume_id: bytes, volume: bytes, feature: str) -> bytes:
+    """The file with one feature more (FORMAT.md §3). Raises `UsageError`, `VolumeLocked`, `VolumeDamaged`."""
+    return await _edited(client, "feature-add", volume_id, volume, feature=feature)
+
+
 async def add_protector(
     client: AgentClient, volume_id: bytes, volume: bytes, new: ProtectorWish, shred_secret: bytes = b""
 ) -> bytes:

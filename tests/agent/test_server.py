@@ -262,6 +262,7 @@ BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
     ("unlock", UNLOCK | {"shred_secret": None}),
     ("shred", {"volume": "", "shred_secret": b""}),
     ("policy-set", {"volume_id": b"v" * 16, "volume": b""}),
+    ("feature-add", {"volume_id": b"v" * 16, "volume": b""}),
     ("rotate-kek", {"volume_id": b"v" * 16, "volume": b"", "carried": [[b"p" * 16, "x"]], "shred_secret": b""}),
     ("rotate-kek", {"volume_id": b"v" * 16, "volume": b"", "carried": [[b"p" * 16, b"x"]] * 2, "shred_secret": b""}),
     ("protector-remove", {"volume_id": b"v" * 16, "volume": b"", "protector_id": b"p"}),

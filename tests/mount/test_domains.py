@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -10,6 +11,8 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import pytest
 
 from cryptfs.cli.mounts import wait_until
 from cryptfs.types import DOMAIN_XATTR
-from tests.mount.box import Box, boxed
+from tests.mount.box import PASSPHRASE, Box, boxed
 from tests.mount.syscalls import RENAME_EXCHANGE, refused, renameat2, reread
 from tests.mount.test_users import as_user
 
@@ -441,6 +444,69 @@ def test_creation_that_a_crash_cut_before_that_leaves_an_empty_directory(mounted
     assert sorted(row["path"] for row in domains(mounted) if row["path"]) == ["/empty", "/pay"]
 
 
+def begun(vault: Path) -> tuple[int, ...]:
+    """How far the making of domains is, by what lies in `domains/`: parts of those aside, and how many are not."""
+    parts = whole = 0
+    with contextlib.suppress(FileNotFoundError):
+        for path in (vault / "domains").iterdir():
+            if path.suffix:
+                parts += 1 + sum(
+                    (path / name).exists() for name in ("tree", "sidecars/ff", "tree/.dir", "state", "volume")
+                )
+            else:
+                whole += 1
+    return parts, whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["daemon", "command"])
+def test_a_kill_at_any_moment_of_creation_leaves_no_domain_or_a_whole_one(box: Box, victim: str) -> None:
+    box.mount()
+    words = [sys.executable, "-m", "cryptfs", "domain", "create", "--kdf-cost", "low"]
+    env = {**box.environment, "CRYPTFS_PASSPHRASE": SECRET}
+    outcomes: list[bool] = []
+    # So many steps seen in `domains/`, and so long after the last of them.
+    moments = [(1, 0.0), (4, 0.0), (6, 0.0), (6, 0.004), (6, 0.02), (6, 0.1)]
+    for at, (steps, delay_s) in enumerate(moments):
+        path = box.clear / f"pay{at}"
+        path.mkdir()
+        before = begun(box.vault)
+        with subprocess.Popen(
+            [*words, path], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as command:
+            while command.poll() is None:
+                now = begun(box.vault)
+                if now[1] > before[1] or now[0] - before[0] >= steps:
+                    break
+            time.sleep(delay_s)
+            if victim == "command":
+                command.kill()
+            else:
+                box.kill_daemon()
+                box.run("umount", box.clear)
+            command.wait(30)
+        if victim == "daemon":
+            box.mount()
+        row = next((row for row in domains(box) if row["path"] == f"/{path.name}"), None)
+        outcomes.append(row is not None)
+        if row is not None:
+            unlock(box, path)
+            assert os.listdir(path) == []
+        (path / "file").write_bytes(CONTENT)
+        assert reread(path / "file") == CONTENT
+    assert set(outcomes) == {False, True} or victim == "daemon"
+    box.umount()
+    report = json.loads(box.run("check", "--repair", "--json", box.vault, code=None).stdout)
+    assert {f["action"] for f in report["findings"] if f["severity"] == "leftover"} <= {"removed"}
+    assert not [f for f in report["findings"] if f["severity"] == "damage"]
+    assert len(os.listdir(box.vault / "domains")) == sum(outcomes)
+    box.mount()
+    for at, is_domain in enumerate(outcomes):
+        if is_domain:
+            unlock(box, box.clear / f"pay{at}")
+        assert (box.clear / f"pay{at}" / "file").read_bytes() == CONTENT
+
+
 # tampering -------------------------------------------------------------------------------------------------------
 
 
@@ -572,3 +638,56 @@ def test_a_copy_of_the_cipher_directory_has_its_domains(mounted: Box, pay: Path,
         unlock(copy, copy.clear / "pay")
         assert (copy.clear / "pay" / "inner").read_bytes() == CONTENT
         assert (copy.clear / "plain").read_bytes() == CONTENT
+
+
+def test_a_shredded_domain_is_noise_and_its_directory_can_go(mounted: Box, pay: Path) -> None:
+    (pay / "inner").write_bytes(CONTENT)
+    where = cipher_dir(mounted)
+    mounted.run("shred", "--yes", pay, code=14)
+    mounted.umount()
+    mounted.run("shred", "--yes", where)
+    mounted.mount()
+    with refused(errno.EIO):
+        os.listdir(pay)
+    with refused(errno.EIO):
+        os.rmdir(pay)
+    shutil.rmtree(where)
+    os.rmdir(pay)
+    assert os.listdir(mounted.clear) == ["plain"]
+
+
+def test_other_secrets_than_a_passphrase(mounted: Box) -> None:
+    pay, keyfile = mounted.clear / "pay", mounted.root / "key"
+
+    def run(*words: str | Path) -> None:
+        """Without a passphrase in the environment."""
+        subprocess.run([sys.executable, "-m", "cryptfs", *words], env=mounted.environment, check=True)
+
+    run("domain", "create", "--new-keyfile", keyfile, "--shred-secret", pay)
+    (pay / "inner").write_bytes(CONTENT)
+    mounted.run("lock", pay)
+    run("unlock", "--keyfile", keyfile, pay)
+    assert (pay / "inner").read_bytes() == CONTENT
+    protectors = json.loads(mounted.run("protector", "list", "--json", pay).stdout)
+    assert [protector["kind"] for protector in protectors] == ["keyfile"]
+    info = json.loads(mounted.run("info", "--json", mounted.vault).stdout)
+    assert (info["features"], len(info["domains"])) == (["domains"], 1)
+    mounted.run("policy", pay, "--max-age", "30s")
+    assert (pay / "inner").read_bytes() == CONTENT
+
+
+def test_a_reader_written_from_the_format_alone_names_domains(mounted: Box, pay: Path) -> None:
+    (pay / "inner").write_bytes(CONTENT)
+    mounted.umount()
+    script = Path(__file__).parents[2] / "scripts" / "reference_decrypt.py"
+    for vault, secret, out, names in (
+        (mounted.vault, PASSPHRASE, "all", ["pay", "plain"]),
+        (cipher_dir(mounted), SECRET, "own", ["inner"]),
+    ):
+        passfile = mounted.root / f"{out}.pass"
+        passfile.write_text(secret)
+        words: list[str | Path] = [sys.executable, script, vault, mounted.root / out, "--passfile", passfile]
+        ended = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert ("left out: /pay (domain " in ended.stderr) == (out == "all")
+        assert sorted(os.listdir(mounted.root / out)) == names
