@@ -43,20 +43,30 @@ class Volume:
         command = [sys.executable, "-m", "cryptfs", *map(str, words)]
         return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout
 
+    def status(self) -> dict[str, object]:
+        """The rotation's."""
+        shown: dict[str, object] = json.loads(self.run("rotate", self.vault, "--status", "--json"))
+        return shown
+
     def wait_for(self, *states: str) -> str:
         """Until the rotation is in one of them."""
         end = time.monotonic() + WAIT_S
         while time.monotonic() < end:
-            state: str = json.loads(self.run("rotate", self.vault, "--status", "--json"))["state"]
+            state = str(self.status()["state"])
             if state in states:
                 return state
             time.sleep(0.1)
         raise TimeoutError(f"the rotation did not become {' or '.join(states)}")
 
     def rotating(self) -> None:
-        """Have it at work; one that is done is followed by another."""
-        self.run("rotate", self.vault, "--kek", "--background")
-        if self.wait_for("running", "done") == "done":
+        """Have it at work, past its first look; one that is done is followed by another."""
+        if self.status()["state"] != "running":
+            self.run("rotate", self.vault, "--kek", "--background")
+            self.wait_for("running", "done")
+        before = now = self.status()
+        while now["state"] == "running" and now["done"] == before["done"]:
+            now = self.status()
+        if now["state"] == "done":
             self.run("rotate", self.vault, "--destroy-old")
             self.rotating()
 

@@ -7,13 +7,12 @@ between them works, and is gone on with by the next call or mount.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cryptfs.cli import protectors, ui
+from cryptfs.cli import located, protectors, ui
 from cryptfs.cli.advice import hinted
 from cryptfs.errors import Damaged, UsageError
 
@@ -55,7 +54,7 @@ def rotate(  # noqa: PLR0913 - one parameter per option
     from cryptfs.cli import rotating
     from cryptfs.ops.info import read_volume
 
-    cipher_dir = Path(os.path.realpath(dir))
+    cipher_dir = located.cipher_dir_of(dir)
     _check_options(kek or destroy_old, look, cancel, background=background, destroy_old=destroy_old, as_json=as_json)
     if look:
         return _show(cipher_dir, as_json=as_json)

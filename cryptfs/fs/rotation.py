@@ -39,7 +39,7 @@ _PASSES = 3
 """Walks before what is left counts as left. The second one finds what was busy being made during the first."""
 _SKIPS = 64
 """Entries looked at and passed over before other tasks get their turn."""
-_DIRS_AT_ONCE, _SCAN_AT_ONCE = 16, 256
+_DIRS_AT_ONCE, _SCAN_AT_ONCE = 16, 64
 _STOPS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE})
 """What is wrong with everything, not with one file."""
 

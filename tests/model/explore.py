@@ -38,7 +38,8 @@ FSYNC: Op = ("fsync", lambda file: file.fsync())
 KILL: Op = ("kill -9", _kill)
 REMOUNT: Op = ("remount", _remount)
 COMPACT: Op = ("compact", lambda file: file.compact())
-ALL: tuple[Op, ...] = (*CHANGES, FSYNC, KILL, REMOUNT, COMPACT)
+ROTATE: Op = ("rotate", lambda file: file.rotate())
+ALL: tuple[Op, ...] = (*CHANGES, FSYNC, KILL, REMOUNT, COMPACT, ROTATE)
 
 START: tuple[Op, ...] = (_w(0, 3), FSYNC)
 

@@ -300,6 +300,24 @@ class File:
         self.name_durable = False
         self.log, self.frames, self.records = log, (made,), records
 
+    def rotate(self) -> None:
+        """The log under other keys; as for compaction, only when all it names is durable."""
+        self.fsync()
+        self.rewrap_log()
+
+    def rewrap_log(self) -> None:
+        """A snapshot with the number of the last frame, and an empty frame with a new one."""
+        last, log = self.frames[-1].generation, self.new_log_number()
+        records = {b: Record(r.version, r.length, r.home, last) for b, r in self.records.items()}
+        snapshot = Frame(last, None, True, len(self.content), tuple(records.items()), last)
+        word = Frame(self.fresh(), last, False, len(self.content), (), last)
+        for index, frame in enumerate((snapshot, word)):
+            self.append(frame, log, index)
+        self.sync_new_log(log)
+        self.disk.write(("name",), log)
+        self.name_durable = False
+        self.log, self.frames, self.records = log, (snapshot, word), records
+
     def sync_new_log(self, log: int) -> None:
         self.disk.sync(lambda key: key[:2] == ("log", log))
 
@@ -392,6 +410,15 @@ class CompactDirty(File):
         if self.frames:
             self.frame()
             self.rewrite_log()
+
+
+class RotateDirty(File):
+    """Rewrites the log under other keys while data named by the snapshot is not durable."""
+
+    def rotate(self) -> None:
+        if self.frames:
+            self.frame()
+            self.rewrap_log()
 
 
 class CompactTrustsRename(File):

@@ -17,6 +17,7 @@ from tests.model.explore import (
     FSYNC,
     KILL,
     REMOUNT,
+    ROTATE,
     START,
     Explorer,
     Findings,
@@ -62,6 +63,7 @@ def test_longer_histories_sampled(make: type[File]) -> None:
         (file_model.NameNotSynced, (*CHANGES[:3], FSYNC, COMPACT)),
         (file_model.CompactUnsynced, (*CHANGES[:3], FSYNC, COMPACT)),
         (file_model.CompactDirty, (*CHANGES[:3], FSYNC, COMPACT)),
+        (file_model.RotateDirty, (*CHANGES[:3], FSYNC, ROTATE)),
         (file_model.CompactTrustsRename, (*CHANGES[:3], COMPACT)),
     ],
 )

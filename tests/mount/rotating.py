@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.mount.box import Box
 
-FILES = 60
+FILES = 40
 
 
 def content(number: int) -> bytes:

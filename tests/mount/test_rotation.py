@@ -170,5 +170,6 @@ def test_a_read_only_mount_leaves_it_to_a_later_one(box: Box) -> None:
     box.kill_daemon()
     box.mount("--read-only")
     look(box.clear)
+    assert "read-only" in box.run("rotate", box.vault, "--destroy-old", code=19).stderr
     box.remount()
     assert wait_for(box, "done")["left"] == 0
