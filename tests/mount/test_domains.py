@@ -701,3 +701,20 @@ def test_a_reader_written_from_the_format_alone_names_domains(mounted: Box) -> N
         assert ended.returncode == 0, ended.stderr
         assert ("left out: /pay (domain " in ended.stderr) == (out == "all")
         assert sorted(os.listdir(mounted.root / out)) == names
+
+
+def test_rotation_of_a_domain_and_of_its_volume_do_not_meet(mounted: Box, pay: Path) -> None:
+    (pay / "inner").write_bytes(CONTENT)
+    mounted.run("rotate", "--kek", "--destroy-old", pay, env={"CRYPTFS_PASSPHRASE": SECRET})
+    versions = [json.loads(mounted.run("info", "--json", path).stdout)["kek_version"] for path in (pay, mounted.vault)]
+    assert versions == [2, 1]
+    mounted.run("rotate", "--kek", "--destroy-old", mounted.vault)
+    versions = [json.loads(mounted.run("info", "--json", path).stdout)["kek_version"] for path in (pay, mounted.vault)]
+    assert versions == [2, 2]
+    assert reread(pay / "inner") == CONTENT
+    mounted.remount()
+    unlock(mounted, pay)
+    assert reread(pay / "inner") == CONTENT
+    assert reread(mounted.clear / "plain") == CONTENT
+    said = mounted.run("check", "--deep", mounted.vault).stdout
+    assert "domain /pay: clean" in said, said
