@@ -167,8 +167,8 @@ def fsync_without_twin() -> Iterator[None]:
     tables: list[InodeTable] = []
     init = InodeTable.__init__
 
-    def remember(self: InodeTable, ctx: FsContext) -> None:
-        init(self, ctx)
+    def remember(self: InodeTable, *args: Any) -> None:
+        init(self, *args)
         tables.append(self)
 
     with patched((FsContext, "in_threads", but_twins), (InodeTable, "__init__", remember)):
