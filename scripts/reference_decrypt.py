@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decrypt a whole cryptfs volume of format version 0, written from docs/FORMAT.md alone.
+"""Decrypt a whole cryptfs volume of format version 1, written from docs/FORMAT.md alone.
 
     reference_decrypt.py CIPHERDIR DEST [--passfile FILE]     write the plaintext tree to DEST (made; must not exist)
     reference_decrypt.py CIPHERDIR --list [--passfile FILE]   print it instead
@@ -107,7 +107,7 @@ class Keys:
     def wrapping_key(self, purpose: str, log_id: bytes, version: int) -> bytes:
         """32 bytes."""
         check(version in self.keks, f"KEK version {version} unknown")
-        info = b"cryptfs/0/" + purpose.encode() + b"\0" + self.volume_id + log_id + struct.pack(">I", version)
+        info = b"cryptfs/1/" + purpose.encode() + b"\0" + self.volume_id + log_id + struct.pack(">I", version)
         return HKDFExpand(SHA256(), 32, info).derive(self.keks[version])
 
     def unwrap(self, purpose: str, log_id: bytes, version: int, wrapped: bytes) -> bytes:
@@ -127,7 +127,7 @@ def root_key(kind: str, p: dict[str, Any], secret: bytes) -> bytes:
         )
         return kdf.derive(secret)
     check(sorted(p) == ["kdf", "salt"] and p["kdf"] == "hkdf-sha256" and len(p["salt"]) == 16, f"a {kind}'s params")
-    return HKDF(algorithm=SHA256(), length=32, salt=p["salt"], info=b"cryptfs/0/" + kind.encode()).derive(secret)
+    return HKDF(algorithm=SHA256(), length=32, salt=p["salt"], info=b"cryptfs/1/" + kind.encode()).derive(secret)
 
 
 RECOVERY_CHARACTERS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -164,7 +164,7 @@ def root_key_keks(protector: dict[str, Any], volume_id: bytes, secret: bytes) ->
     root = AESGCM(root_key(protector["kind"], protector["params"], secret))
     keks = {}
     for version, wrapped in protector["keks"]:
-        aad = b"cryptfs/0/protector\0" + volume_id + protector["id"] + struct.pack(">I", version)
+        aad = b"cryptfs/1/protector\0" + volume_id + protector["id"] + struct.pack(">I", version)
         try:
             keks[version] = root.decrypt(wrapped[:12], wrapped[12:], aad)
         except InvalidTag:
@@ -180,7 +180,7 @@ def read_volume(raw: bytes, given: Secret) -> tuple[Keys, bytes]:
     """(keys, root directory's id)."""
     check(raw[:8] == b"CRYPTFS\0" and len(raw) >= 48, "no volume file")
     version, zero, length = struct.unpack_from(">HHI", raw, 8)
-    check(version == 0, f"format version {version}")
+    check(version == 1, f"format version {version}")
     check(zero == 0 and length <= 1 << 20 and len(raw) == 48 + length, "volume file's length")
     body = unpack(raw[16:-32])
     check(isinstance(body, dict) and sorted(body) == VOLUME_KEYS, "volume file's keys")
@@ -224,7 +224,7 @@ def read_state(raw: bytes, keys: Keys) -> Unclean:
     """The newer valid slot's ranges, and its own epoch if that did not end (this volume is not mounted)."""
     slots = []
     for slot in (raw[:512], raw[512:1024]):
-        if len(slot) != 512 or slot[:8] != b"CFSTATE0":
+        if len(slot) != 512 or slot[:8] != b"CFSTATE1":
             continue
         if not same(slot[480:], hmac.digest(keys.volume_key, keys.volume_id + slot[:480], "sha256")):
             continue
@@ -279,7 +279,7 @@ class Log:
 
 def read_frame(raw: bytes, at: int, log_key: bytes, log_id: bytes) -> Frame:
     """The frame at offset `at`, by itself: its place in the chain is the caller's business."""
-    check(len(raw) >= at + 160 and raw[at : at + 4] == b"CFF0", "no frame")
+    check(len(raw) >= at + 160 and raw[at : at + 4] == b"CFF1", "no frame")
     mac = raw[at + 120 : at + 152]
     check(same(mac, hmac.digest(log_key, log_id + raw[at : at + 120], "sha256")), "frame's MAC")
     kind, flags, zero2, generation, durable_up_to, size, first, end, length, zero4 = struct.unpack_from(
@@ -302,7 +302,7 @@ def read_log(raw: bytes, kind: int, log_id: bytes, keys: Keys, unclean: Unclean)
     header = raw[:160]
     if len(header) < 160 or not any(header):
         return None
-    check(header[:8] == b"CFSLOG0\0" and header[8] == kind and not any(header[9:12]), "log's header")
+    check(header[:8] == b"CFSLOG1\0" and header[8] == kind and not any(header[9:12]), "log's header")
     check(header[16:32] == log_id, "log's id")
     check(not any(header[144:]) and (kind == 2 or not any(header[72:])), "log header's padding")
     (version,) = struct.unpack_from(">I", header, 12)
@@ -365,7 +365,7 @@ def behind_gaps(raw: bytes, at: int, log: Log, log_key: bytes, log_id: bytes, ac
 def frames_after(raw: bytes, at: int, log_key: bytes, log_id: bytes) -> Iterator[tuple[int, Frame]]:
     """Authentic frames anywhere past a broken one at `at`, and where they start: they tell what it was."""
     at -= 1
-    while (at := raw.find(b"CFF0", at + 1)) >= 0:
+    while (at := raw.find(b"CFF1", at + 1)) >= 0:
         try:
             yield at, read_frame(raw, at, log_key, log_id)
         except Damaged:
@@ -592,7 +592,7 @@ def decrypt(record: Record, file_id: bytes, data: int, twin: Path, keys: Keys) -
     key = keys.unwrap("block", file_id, record.kek_version, record.wrapped)
     place = struct.pack(">QQI", record.block, record.version, record.length)
     try:
-        return AESGCM(key).decrypt(NONCE, sealed + record.tag, b"CFBLOCK0" + keys.volume_id + file_id + place)
+        return AESGCM(key).decrypt(NONCE, sealed + record.tag, b"CFBLOCK1" + keys.volume_id + file_id + place)
     except InvalidTag as error:
         raise Damaged(f"block {record.block}: tag") from error
 
@@ -663,7 +663,7 @@ class Volume:
             header = read_at(tree_fd, hidden, 64)
             if not any(header):
                 return Found(kind, info)
-            check(len(header) == 64 and header[:8] == b"CFDATA0\0", "data file's header")
+            check(len(header) == 64 and header[:8] == b"CFDATA1\0", "data file's header")
             mac = hmac.digest(self.keys.volume_key, self.keys.volume_id + header[:32], "sha256")
             check(same(header[32:], mac), "data file header's MAC")
             entry = Entry(kind, header[8:24], 0)
@@ -827,7 +827,7 @@ def read_passphrase(passfile: Path | None) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Decrypt a cryptfs volume (format 0) without cryptfs.")
+    parser = argparse.ArgumentParser(description="Decrypt a cryptfs volume (format 1) without cryptfs.")
     parser.add_argument("cipher_dir", type=Path)
     parser.add_argument("dest", type=Path, nargs="?")
     parser.add_argument("--list", action="store_true", help="print the tree instead of writing it")

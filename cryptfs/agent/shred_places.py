@@ -21,7 +21,7 @@ from cryptfs.types import Buffer
 KEYFILE = "keyfile"
 WRAPPED = "wrapped"
 """The name that the wrapped secret has among the params of a token's kind."""
-_CONTEXT = b"cryptfs/0/shred-secret\0"
+_CONTEXT = b"cryptfs/1/shred-secret\0"
 
 
 @runtime_checkable

@@ -25,7 +25,7 @@ ATTR_XATTRS, ATTR_TARGET = b"x", b"t"
 
 def block_aad(volume_id: bytes, file_id: bytes, index: int, version: int, length: int) -> bytes:
     """60 bytes that bind a block's ciphertext to its place, version and length (FORMAT.md §7)."""
-    return _BLOCK_AAD.pack(b"CFBLOCK0", volume_id, file_id, index, version, length)
+    return _BLOCK_AAD.pack(b"CFBLOCK1", volume_id, file_id, index, version, length)
 
 
 def seal_into(dek: Buffer, aad: bytes, plain: Buffer, out: memoryview) -> None:

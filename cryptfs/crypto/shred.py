@@ -15,7 +15,7 @@ from cryptfs.crypto.wrap import ZERO_ID, wrapping_key
 from cryptfs.types import Buffer, Purpose
 
 SECRET_BYTES = 32
-_CHECK = b"cryptfs/0/shred-check\0"
+_CHECK = b"cryptfs/1/shred-check\0"
 
 
 def shred_check(secret: Buffer, volume_id: bytes) -> bytes:

@@ -21,7 +21,7 @@ VOLUME_MAC_BYTES = 32
 ZERO_ID = bytes(ID_BYTES)
 """The id in `info` for keys that belong to the whole volume."""
 
-_PREFIXES = {purpose: b"cryptfs/0/" + purpose.value.encode() + b"\0" for purpose in Purpose}
+_PREFIXES = {purpose: b"cryptfs/1/" + purpose.value.encode() + b"\0" for purpose in Purpose}
 _SHA256 = SHA256()
 
 
@@ -36,7 +36,7 @@ def wrapped_bytes(purpose: Purpose) -> int:
 
 
 def info(purpose: Purpose, volume_id: bytes, log_id: bytes, kek_version: int) -> bytes:
-    """HKDF's `info`: ``"cryptfs/0/" || purpose || 0x00 || volume_id[16] || id[16] || u32 version``.
+    """HKDF's `info`: ``"cryptfs/1/" || purpose || 0x00 || volume_id[16] || id[16] || u32 version``.
 
     Raises `ValueError` unless both ids have 16 bytes; `OverflowError` if the version is no `u32`.
     """

@@ -10,7 +10,7 @@ from cryptfs.errors import Damaged
 HEADER_BYTES = 64
 SIGNED_BYTES = 32
 
-_MAGIC = b"CFDATA0\0"
+_MAGIC = b"CFDATA1\0"
 _SIGNED = struct.Struct(">8s16sQ")
 
 

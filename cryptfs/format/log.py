@@ -20,9 +20,9 @@ DELTA, SNAPSHOT, INDEX = 1, 2, 3
 SAYS_XATTRS = 1
 """Flag of a head: the payload has a key `x`. So a lost payload costs the xattrs only if they were in it."""
 
-_HEADER_MAGIC = b"CFSLOG0\0"
-HEAD_MAGIC = b"CFF0"
-_FOOT_MAGIC = b"CFE0"
+_HEADER_MAGIC = b"CFSLOG1\0"
+HEAD_MAGIC = b"CFF1"
+_FOOT_MAGIC = b"CFE1"
 _HEADER = struct.Struct(">8sB3xI16s40s72s16x")
 _SIGNED = struct.Struct(">4sBB2xQQQQQI4x32s32s")
 _FOOT = struct.Struct(">I4s")

@@ -13,7 +13,7 @@ SLOT_BYTES = 512
 SIGNED_BYTES = 480
 RANGES_MAX = 50
 
-_MAGIC = b"CFSTATE0"
+_MAGIC = b"CFSTATE1"
 _FIXED = struct.Struct(">8sQIBB2x")
 _RANGE = struct.Struct(">II")
 

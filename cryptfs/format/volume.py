@@ -19,7 +19,7 @@ from cryptfs.format.policy import NO_POLICY, Policy, parse_policy
 from cryptfs.types import ID_BYTES, WRAPPED_BYTES
 
 MAGIC = b"CRYPTFS\0"
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
 HEADER_BYTES = 16
 MAC_BYTES = 32
 BODY_MAX_BYTES = 1 << 20
@@ -216,8 +216,8 @@ def parse_passphrase(params: Mapping[str, ParamValue]) -> PassphraseParams:
 
 
 def protector_aad(volume_id: bytes, protector_id: bytes, kek_version: int) -> bytes:
-    """The AAD of a protector's wrap: ``"cryptfs/0/protector" || 0x00 || volume id || protector id || u32 version``."""
-    return b"cryptfs/0/protector\0" + volume_id + protector_id + kek_version.to_bytes(4, "big")
+    """The AAD of a protector's wrap: ``"cryptfs/1/protector" || 0x00 || volume id || protector id || u32 version``."""
+    return b"cryptfs/1/protector\0" + volume_id + protector_id + kek_version.to_bytes(4, "big")
 
 
 def _volume(body: dict[str, Any]) -> Volume:

@@ -15,7 +15,7 @@ from cryptfs.ports import Random
 from cryptfs.roots.local_key import LocalRoot, derived
 from cryptfs.types import Buffer
 
-_INFO = b"cryptfs/0/keyfile"
+_INFO = b"cryptfs/1/keyfile"
 _REFUSAL = "the key file does not open this protector"
 
 

@@ -22,7 +22,7 @@ from cryptfs.roots.recovery import RecoveryProvider
 from cryptfs.testing.roots import FakeProvider
 from tests.softhsm import MODULE, MODULE_PATH, PIN
 
-CONTEXT = b"cryptfs/0/protector\0" + bytes(range(32))
+CONTEXT = b"cryptfs/1/protector\0" + bytes(range(32))
 SEED = bytes(range(32))
 Params = Mapping[str, int | str | bytes]
 
@@ -210,10 +210,10 @@ def test_key_file_and_recovery_key_lead_to_different_root_keys() -> None:
 
 
 RECOVERY_ANSWER = (
-    "00000000000000000000000036c98cec1e7c0c20efea29e09bc02f20a8fcdfa0972c152552f2966e3e13c08331f8735c2372"
-    "3b0b552f818b48fb3faa"
+    "000000000000000000000000aee429b7f1aa5a4eaceb32293418bcb6b2aea24ffb528a2c22a081f659525159cf94d64a9132"
+    "8eaf3e2b42af82f8325f"
 )
 KEYFILE_ANSWER = (
-    "000000000000000000000000c4609021a24e99efb5ac18770976b3bd67f6680fa29aa6d50cc861c278c25d5e139e31acbf53"
-    "be1cce4b59b7459d09fc"
+    "0000000000000000000000008fdc65cc3dc42cb843418e4dc7525352b2e60ee88a59fddcef75c0a936e190d23d83db31aee7"
+    "0f1de4cd51fb29514da8"
 )

@@ -180,7 +180,7 @@ async def test_the_last_head_costs_the_file(lab: Lab) -> None:
 async def test_anything_after_the_last_frame_costs_the_file(lab: Lab) -> None:
     await lab.tree.unmount()
     lab.damage(lab.frames()[1][1])
-    lab.sidecar.write_bytes(lab.sidecar.read_bytes() + b"CFF0")
+    lab.sidecar.write_bytes(lab.sidecar.read_bytes() + b"CFF1")
     await lab.tree.mount()
     assert await damage_of(lab.damaged_blocks()) == "frame"
     await lab.tree.finish()

@@ -495,7 +495,7 @@ async def test_poison_is_not_forgotten(tree: Tree) -> None:
     fd = ctx.store.open(ctx.sidecar_dir(inode.log_id), sidecar_name(inode.log_id), os.O_RDONLY)
     raw = ctx.store.pread(fd, 1 << 20, 0)
     ctx.store.close(fd)
-    second = raw.index(b"CFF0", raw.index(b"CFF0", HEADER_BYTES) + 4)
+    second = raw.index(b"CFF1", raw.index(b"CFF1", HEADER_BYTES) + 4)
     spoil(tree, inode.log_id, second + 152 + 40)  # inside the second frame's payload
     rotation = await rotated(tree, check=False)
     assert rotation.left == {inode.log_id}

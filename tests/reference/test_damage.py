@@ -24,7 +24,7 @@ MUTATIONS_EACH = 6
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     top = tmp_path_factory.mktemp("golden")
-    subprocess.run(["tar", "-xpzf", VOLUMES / "v0.tar.gz", "--no-same-owner", "-C", top], check=True)
+    subprocess.run(["tar", "-xpzf", VOLUMES / "v1.tar.gz", "--no-same-owner", "-C", top], check=True)
     (top / "pass").write_text(PASSPHRASE + "\n")
     yield top
     shutil.rmtree(top)
@@ -83,7 +83,7 @@ def test_damage_is_named_and_nothing_else_changes(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    expected: dict[str, Entry] = json.loads((VOLUMES / "v0.json").read_text())
+    expected: dict[str, Entry] = json.loads((VOLUMES / "v1.json").read_text())
     noticed = 0
     refusals: list[str] = []
     for seed in range(MUTATIONS_EACH):

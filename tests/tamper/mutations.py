@@ -399,7 +399,7 @@ def rearrange_a_log(vault: Vault, rng: random.Random) -> Harm:
     elif how == "insert":
         parts.insert(at, rng.randbytes(rng.choice((1, 8, 300))))
     elif how == "append":
-        parts.append(rng.choice((rng.randbytes(1), b"\0" * 200, b"CFF0" + rng.randbytes(300))))
+        parts.append(rng.choice((rng.randbytes(1), b"\0" * 200, b"CFF1" + rng.randbytes(300))))
     else:
         parts.append(parts[-1][:HEAD_BYTES])
     vault.write(path, raw[:LOG_HEADER_BYTES] + b"".join(parts))

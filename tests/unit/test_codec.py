@@ -106,7 +106,7 @@ def test_a_block_is_bound_to_what_it_is(what: str) -> None:
 
 def test_the_additional_data_is_the_formats_60_bytes() -> None:
     aad = block_aad(VOLUME_ID, FILE_ID, 0x0102, 0x0304, 0x0506)
-    assert aad == b"CFBLOCK0" + VOLUME_ID + FILE_ID + bytes(6) + b"\1\2" + bytes(6) + b"\3\4" + bytes(2) + b"\5\6"
+    assert aad == b"CFBLOCK1" + VOLUME_ID + FILE_ID + bytes(6) + b"\1\2" + bytes(6) + b"\3\4" + bytes(2) + b"\5\6"
     assert len(aad) == 60
 
 

@@ -21,7 +21,7 @@ def test_a_header_comes_back(header: DataHeader) -> None:
 
 def test_a_header_is_the_formats_64_bytes() -> None:
     header = DataHeader(b"f" * 16, 0x0100, b"m" * 32)
-    assert header.signed() + header.mac == b"CFDATA0\0" + b"f" * 16 + bytes(6) + b"\1\0" + b"m" * 32
+    assert header.signed() + header.mac == b"CFDATA1\0" + b"f" * 16 + bytes(6) + b"\1\0" + b"m" * 32
     assert (len(header.signed()), HEADER_BYTES) == (SIGNED_BYTES, 64)
 
 

@@ -64,7 +64,7 @@ def test_a_header_comes_back(header: LogHeader) -> None:
 
 
 def test_a_header_is_the_formats_160_bytes() -> None:
-    expected = b"CFSLOG0\0\2\0\0\0\0\0\0\7" + b"i" * 16 + b"w" * 40 + b"n" * 72 + bytes(16)
+    expected = b"CFSLOG1\0\2\0\0\0\0\0\0\7" + b"i" * 16 + b"w" * 40 + b"n" * 72 + bytes(16)
     assert HEADER.encode() == expected
 
 
@@ -105,9 +105,9 @@ def test_a_head_comes_back(head: Head) -> None:
 
 def test_a_head_is_the_formats_152_bytes() -> None:
     numbers = b"".join(n.to_bytes(8, "big") for n in (5, 4, 100, 1, 3))
-    expected = b"CFF0\1\0\0\0" + numbers + b"\0\0\0\x0a" + bytes(4) + b"d" * 32 + b"p" * 32 + b"m" * 32
+    expected = b"CFF1\1\0\0\0" + numbers + b"\0\0\0\x0a" + bytes(4) + b"d" * 32 + b"p" * 32 + b"m" * 32
     assert HEAD.signed() + HEAD.mac == expected
-    assert encode_foot(HEAD.frame_bytes) == b"\0\0\0\xaaCFE0"
+    assert encode_foot(HEAD.frame_bytes) == b"\0\0\0\xaaCFE1"
 
 
 @pytest.mark.parametrize("at", [*range(8), *range(52, 56)])

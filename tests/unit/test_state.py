@@ -37,7 +37,7 @@ def test_a_slot_comes_back(state: State) -> None:
 
 def test_a_slot_is_the_formats_bytes() -> None:
     state = State(2, 3, True, ((1, 1),))
-    expected = b"CFSTATE0" + bytes(7) + b"\2" + b"\0\0\0\3" + b"\1\1\0\0" + b"\0\0\0\1\0\0\0\1"
+    expected = b"CFSTATE1" + bytes(7) + b"\2" + b"\0\0\0\3" + b"\1\1\0\0" + b"\0\0\0\1\0\0\0\1"
     assert state.signed() == expected.ljust(SIGNED_BYTES, b"\0")
 
 

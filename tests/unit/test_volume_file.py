@@ -88,7 +88,7 @@ def body() -> dict[str, Any]:
 
 
 def file_of(packed: bytes) -> bytes:
-    return MAGIC + bytes(4) + len(packed).to_bytes(4, "big") + packed + MAC
+    return MAGIC + b"\0\1\0\0" + len(packed).to_bytes(4, "big") + packed + MAC
 
 
 GOOD = encode_volume(volume()) + MAC
@@ -187,12 +187,12 @@ def test_every_truncation_is_damage(length: int) -> None:
 
 def test_header_is_the_documents() -> None:
     assert GOOD[:8] == b"CRYPTFS\0"
-    assert GOOD[8:12] == bytes(4)
+    assert GOOD[8:12] == b"\0\1\0\0"
     assert int.from_bytes(GOOD[12:16], "big") == len(GOOD) - HEADER_BYTES - MAC_BYTES
-    assert protector_aad(b"v" * 16, b"p" * 16, 7) == b"cryptfs/0/protector\0" + b"v" * 16 + b"p" * 16 + b"\0\0\0\7"
+    assert protector_aad(b"v" * 16, b"p" * 16, 7) == b"cryptfs/1/protector\0" + b"v" * 16 + b"p" * 16 + b"\0\0\0\7"
 
 
-@pytest.mark.parametrize("version", [1, 256, 0xFFFF])
+@pytest.mark.parametrize("version", [0, 2, 256, 0xFFFF])
 def test_another_version_is_unsupported(version: int) -> None:
     with pytest.raises(UnsupportedFormat, match=f"version {version}"):
         parse_volume(GOOD[:8] + version.to_bytes(2, "big") + GOOD[10:])

@@ -41,25 +41,25 @@ def test_rfc_5869_test_case_1_expand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("purpose", list(Purpose))
 def test_info_is_the_documents(purpose: Purpose) -> None:
-    expected = b"cryptfs/0/" + purpose.value.encode() + b"\0" + VOLUME_ID + LOG_ID + b"\x00\x00\x01\x02"
+    expected = b"cryptfs/1/" + purpose.value.encode() + b"\0" + VOLUME_ID + LOG_ID + b"\x00\x00\x01\x02"
     assert wrap.info(purpose, VOLUME_ID, LOG_ID, 258) == expected
 
 
 def test_pinned_vector() -> None:
     """Computed by hand from RFC 5869: T(1) = HMAC(PRK, info || 0x01). A change here changes the format."""
-    info = b"cryptfs/0/block\0" + VOLUME_ID + LOG_ID + b"\0\0\0\1"
+    info = b"cryptfs/1/block\0" + VOLUME_ID + LOG_ID + b"\0\0\0\1"
     wrapper = wrap.wrapping_key(KEK, Purpose.BLOCK, VOLUME_ID, LOG_ID, 1)
     assert wrapper == hmac.digest(KEK, info + b"\1", hashlib.sha256)
-    assert wrapper.hex() == "b8ca713afaa8bf448b1cc35626546d97fabb862cbcf54b7b99471fc825123c37"
+    assert wrapper.hex() == "fefab0f721f17094089a506e033c3c47e672bad36d532d49229060a8393e43c5"
     assert (
         wrap.wrap_keys(wrapper, [KEK]).hex()
-        == "afa9b677163b9dba5ec5422c9245a13cd83e079843e5c1f6c5c0e25ffc374bc30c0782cf4aca5102"
+        == "b12e517c537c6dadab4ed1baf54daef1128e290a7e7ca5b575404bbbbcf042b63809a6f1a289ccd5"
     )
 
 
 def test_pinned_volume_mac() -> None:
     mac = wrap.volume_mac(KEK, VOLUME_ID, 1, b"the file")
-    key = hmac.digest(KEK, b"cryptfs/0/volume-mac\0" + VOLUME_ID + bytes(16) + b"\0\0\0\1\1", hashlib.sha256)
+    key = hmac.digest(KEK, b"cryptfs/1/volume-mac\0" + VOLUME_ID + bytes(16) + b"\0\0\0\1\1", hashlib.sha256)
     assert mac == hmac.digest(key, b"the file", hashlib.sha256)
     assert wrap.volume_mac_matches(KEK, VOLUME_ID, 1, b"the file", mac)
     assert not wrap.volume_mac_matches(KEK, VOLUME_ID, 1, b"the File", mac)

@@ -48,7 +48,7 @@ DEK = fixed("DEK", 32)
 
 
 def wrapping_key(purpose: bytes, log_id: bytes) -> bytes:
-    info = b"cryptfs/0/" + purpose + b"\0" + VOLUME_ID + log_id + struct.pack(">I", 1)
+    info = b"cryptfs/1/" + purpose + b"\0" + VOLUME_ID + log_id + struct.pack(">I", 1)
     return HKDFExpand(SHA256(), 32, info).derive(KEK)
 
 
@@ -63,17 +63,17 @@ def generation(counter: int) -> int:
 def log_header(kind: int, log_id: bytes, log_key: bytes, names_key: bytes) -> bytes:
     wrapped = wrap(b"log-dir" if kind == 2 else b"log-file", log_id, log_key)
     names = wrap(b"names", log_id, names_key) if names_key else bytes(72)
-    return struct.pack(">8sB3xI16s40s72s16x", b"CFSLOG0\0", kind, 1, log_id, wrapped, names)
+    return struct.pack(">8sB3xI16s40s72s16x", b"CFSLOG1\0", kind, 1, log_id, wrapped, names)
 
 
 def snapshot(
     log_id: bytes, log_key: bytes, previous: bytes, counter: int, size: int, blocks: int, payload: dict[str, object]
 ) -> bytes:
     body = bytes(msgpack.packb(payload))
-    head = struct.pack(">4sB3xQQQQQI4x", b"CFF0", 2, generation(counter), 0, size, 0, blocks, len(body))
+    head = struct.pack(">4sB3xQQQQQI4x", b"CFF1", 2, generation(counter), 0, size, 0, blocks, len(body))
     head += hashlib.sha256(body).digest() + previous
     mac = hmac.digest(log_key, log_id + head, "sha256")
-    return head + mac + body + struct.pack(">I4s", 160 + len(body), b"CFE0")
+    return head + mac + body + struct.pack(">I4s", 160 + len(body), b"CFE1")
 
 
 def log(kind: int, log_id: bytes, names_key: bytes, counter: int, size: int, blocks: int, **payload: object) -> bytes:
@@ -85,7 +85,7 @@ def log(kind: int, log_id: bytes, names_key: bytes, counter: int, size: int, blo
 def volume_file() -> bytes:
     salt, protector_id, nonce = fixed("salt", 16), fixed("protector id", 16), fixed("nonce", 12)
     root_key = Argon2id(salt=salt, length=32, iterations=1, lanes=1, memory_cost=8192).derive(PASSPHRASE)
-    aad = b"cryptfs/0/protector\0" + VOLUME_ID + protector_id + struct.pack(">I", 1)
+    aad = b"cryptfs/1/protector\0" + VOLUME_ID + protector_id + struct.pack(">I", 1)
     protector = {
         "id": protector_id,
         "kind": "passphrase",
@@ -109,12 +109,12 @@ def volume_file() -> bytes:
             "protectors": [protector],
         }
     )
-    raw = b"CRYPTFS\0" + struct.pack(">HHI", 0, 0, len(body)) + body
+    raw = b"CRYPTFS\0" + struct.pack(">HHI", 1, 0, len(body)) + body
     return raw + hmac.digest(wrapping_key(b"volume-mac", bytes(16)), raw, "sha256")
 
 
 def state_slot(sequence: int, epoch: int, clean: int) -> bytes:
-    slot = struct.pack(">8sQIB459x", b"CFSTATE0", sequence, epoch, clean)
+    slot = struct.pack(">8sQIB459x", b"CFSTATE1", sequence, epoch, clean)
     return slot + hmac.digest(VOLUME_KEY, VOLUME_ID + slot, "sha256")
 
 
@@ -147,10 +147,10 @@ def make() -> Example:
     """The volume after one epoch in which `hello.txt` was made, written and closed, and a clean unmount."""
     sealed_name = AESSIV(NAMES_KEY).encrypt(NAME, [ROOT_ID])
     dir_log = log(2, ROOT_ID, NAMES_KEY, 1, 1, 0, e=[[sealed_name, 1, FILE_ID, 0]])
-    header = struct.pack(">8s16sQ", b"CFDATA0\0", FILE_ID, generation(2))
+    header = struct.pack(">8s16sQ", b"CFDATA1\0", FILE_ID, generation(2))
     header += hmac.digest(VOLUME_KEY, VOLUME_ID + header, "sha256")
     version = generation(3)
-    aad = b"CFBLOCK0" + VOLUME_ID + FILE_ID + struct.pack(">QQI", 0, version, len(CONTENT))
+    aad = b"CFBLOCK1" + VOLUME_ID + FILE_ID + struct.pack(">QQI", 0, version, len(CONTENT))
     sealed = AESGCM(DEK).encrypt(bytes(12), CONTENT, aad)
     run = [0, version, len(CONTENT), 0, 1, wrap(b"block", FILE_ID, DEK), sealed[-16:]]
     return Example(

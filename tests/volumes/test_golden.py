@@ -15,7 +15,7 @@ from tests.reference.trees import Entry, describe, reference_decrypt
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture(params=["v0"])
+@pytest.fixture(params=["v1"])
 def golden(request: pytest.FixtureRequest, short_tmp: Path) -> Iterator[tuple[Box, dict[str, Entry]]]:
     """An unpacked golden volume, and what must be in it."""
     with boxed(short_tmp) as box:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make the golden volume of format version 0: v0.tar.gz, and v0.json which says what is in it.
+"""Make the golden volume of format version 1: v1.tar.gz, and v1.json which says what is in it.
 
-    PYTHONPATH=. .venv/bin/python tests/volumes/make_v0.py
+    PYTHONPATH=. .venv/bin/python tests/volumes/make_v1.py
 
 Needs /dev/fuse and root (for `trusted.` attributes). The volume is made by the commands a person uses; its passphrase
 is that of `tests.mount.box`. It is an archive because a version control system keeps no hard links, holes, fifos,
@@ -99,9 +99,9 @@ def main() -> None:
         tar = ["tar", "-cSf", "-", "--format=posix", "--pax-option=delete=atime,delete=ctime", "--sort=name"]
         tar += ["--owner=0", "--group=0", "--numeric-owner", "-C", str(box.root), "vault"]
         packed = subprocess.run(tar, check=True, stdout=subprocess.PIPE)
-        with (HERE / "v0.tar.gz").open("wb") as out:
+        with (HERE / "v1.tar.gz").open("wb") as out:
             subprocess.run(["gzip", "-9n"], input=packed.stdout, stdout=out, check=True)
-    (HERE / "v0.json").write_text(json.dumps(expected, indent=1) + "\n")
+    (HERE / "v1.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
 if __name__ == "__main__":
