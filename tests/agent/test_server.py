@@ -77,7 +77,7 @@ async def test_unlock_of_an_edited_file_is_damaged(serve_here: ServeHere) -> Non
         with pytest.raises(VolumeDamaged):
             await client.unlock(volume=b"rubbish", cipher_dir="/c", secret=b"right")
         with pytest.raises(UnsupportedFormat):
-            await client.unlock(volume=data[:9] + b"\1" + data[10:], cipher_dir="/c", secret=b"right")
+            await client.unlock(volume=data[:9] + b"\2" + data[10:], cipher_dir="/c", secret=b"right")
         assert (await client.status()).volumes == ()
 
 

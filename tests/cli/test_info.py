@@ -43,7 +43,7 @@ def volume_file(tmp_path: Path) -> Path:
 
 def test_the_document_has_what_the_contract_lists(cryptfs: Cryptfs, volume_file: Path) -> None:
     assert json.loads(cryptfs.run("info", volume_file.parent, "--json").stdout) == {
-        "format_version": 0,
+        "format_version": 1,
         "volume_id": "11" * 16,
         "created_s": 1_700_000_000,
         "serial": 1,
@@ -74,7 +74,7 @@ def test_people_get_lines_without_control_characters(cryptfs: Cryptfs, volume_fi
 
 @pytest.mark.parametrize(
     ("offset", "value", "code"),
-    [(0, b"X", 11), (9, b"\x01", 12), (20, b"\xff", 11), (-33, None, 11)],
+    [(0, b"X", 11), (9, b"\x02", 12), (20, b"\xff", 11), (-33, None, 11)],
     ids=["magic", "newer format", "body", "cut short"],
 )
 def test_a_file_that_cannot_be_read(

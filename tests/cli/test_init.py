@@ -23,7 +23,7 @@ def test_a_new_directory_becomes_a_locked_volume(cryptfs: Cryptfs) -> None:
     assert vault.stat().st_mode & 0o777 == 0o700
     facts = json.loads(cryptfs.run("info", vault, "--json").stdout)
     assert facts["block_size"] == 65536
-    assert facts["format_version"] == 0
+    assert facts["format_version"] == 1
     assert facts["protectors"][0]["kind"] == "passphrase"
     assert json.loads(cryptfs.run("status", "--json").stdout) == []
 

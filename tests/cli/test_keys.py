@@ -112,9 +112,9 @@ def test_an_edited_volume_file(cryptfs: Cryptfs, vault: Path) -> None:
 
 def test_a_newer_format(cryptfs: Cryptfs, vault: Path) -> None:
     data = bytearray((vault / "volume").read_bytes())
-    data[9] = 1
+    data[9] = 2
     (vault / "volume").write_bytes(data)
-    assert "format version 1" in cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=12).stderr
+    assert "format version 2" in cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=12).stderr
 
 
 def test_each_source_unlocks(cryptfs: Cryptfs, vault: Path) -> None:

@@ -196,7 +196,7 @@ TARGETS = [
     Target("dir payload", decode_dir, [payload.encode() for payload in DIRS], (Damaged,), 0),
     Target("sidecar", _replay_file, [_log(FILE_LOG, [s.encode() for s in SIDECARS[:3]], [0, 9 * BLOCK, 10 * BLOCK])],
            (Damaged,), HEADER_BYTES + 152),
-    Target("dir log", _replay_dir, [_log(DIR_LOG, [d.encode() for d in DIRS], [0, 2, 3, 3])], (Damaged,)),
+    Target("dir log", _replay_dir, [_log(DIR_LOG, [d.encode() for d in DIRS], [0, 2, 3, 3, 3])], (Damaged,)),
     Target("data header", decode_data_header, [DataHeader(ID, 7).signed() + bytes(32)], (Damaged,)),
     Target("symlink text", decode_target_text, [encode_target_text(ID, 4095)], (Damaged,)),
     Target("tree name", _name, [tree_name(NAMES.seal(b"name")), tree_name(NAMES.seal(b"n" * 175)),
