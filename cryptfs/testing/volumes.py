@@ -56,9 +56,6 @@ class SampleVolume:
 
     async def open(self, store: Store, *, keys: DekProvider | None = None, read_only: bool = False) -> OpenVolume:
         """As a daemon does. Raises what `open_volume` raises."""
-        if self.kek.version > self.config.volume_key_kek:
-            # The `volume` file names a new version before anything is made under it.
-            self.rewrap_volume_key()
         if keys is None:  # an empty cache is false
             keys = self.keys()
         return await open_volume(self.config, store, keys, self.clock, self.random, read_only=read_only)

@@ -282,7 +282,7 @@ class Run:
     async def _rotate(self, op: Op) -> None:
         """To a new KEK. What a crash leaves may need the old one, and is looked at with both."""
         sample = self.tree.sample
-        rotation = Rotation(self.tree.volume, sample.kek.rotate())
+        rotation = Rotation(self.tree.volume, sample.rotate())
         await rotation.run()
         assert not rotation.left
         assert not rotation.failures
