@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from cryptfs import durable
 from cryptfs.agent.audit_file import KEY_SUFFIX, Reading, Sealing, frame, key_beside, mac_of, read_frames, read_whole
 from cryptfs.agent.places import private_state_dir
 from cryptfs.crypto.mac import sha256
@@ -198,12 +199,12 @@ class AuditLog:
         fd = os.open(fresh, flags, 0o600)
         try:
             _take(fd, self.directory)
-            _write_all(fd, encoded + first)
+            durable.write_all(fd, encoded + first)
             os.fsync(fd)
             # link, not rename: a file that has the name already is evidence, whatever it is.
             os.link(fresh, path)
             os.unlink(fresh)
-            _sync_directory(self.directory)
+            durable.sync_directory(self.directory)
         except BaseException:
             os.close(fd)
             key.wipe()
@@ -286,20 +287,6 @@ def _take(fd: int, directory: str) -> None:
         raise AuditUnavailable(f"another key agent of this user writes the audit log {directory}") from None
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    done = 0
-    while done < len(data):
-        done += os.write(fd, data[done:])
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def prepare(audit_dir: str) -> None:
     """Make the directory of all logs, in the state directory, unless it is there. Raises `AuditUnavailable`."""
     private_state_dir(audit_dir, "the audit log", AuditUnavailable)
@@ -324,7 +311,7 @@ def local_sealing(audit_dir: str, random: Random) -> Sealing:
             file.flush()
             os.fsync(fd)
         os.rename(fresh, path)
-        _sync_directory(audit_dir)
+        durable.sync_directory(audit_dir)
         fd = os.open(path, os.O_RDONLY | flags)
     with os.fdopen(fd, "rb") as file:
         data = file.read(KEK_BYTES + 1)

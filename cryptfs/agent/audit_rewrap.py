@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+from cryptfs import durable
 from cryptfs.agent.audit_file import KEY_SUFFIX, Sealing, key_beside
 from cryptfs.agent.audit_log import file_name, file_numbers
 from cryptfs.errors import AuditUnavailable, Damaged
@@ -41,7 +42,7 @@ def rewrap_files(directory: str, sealing: Sealing) -> int:
             _write(path + KEY_SUFFIX, again.kek_version.to_bytes(4, "big") + again.log_wrapped)
             done += 1
         if done:
-            _sync_directory(directory)
+            durable.sync_directory(directory)
     except FileNotFoundError:
         return done
     except OSError as error:
@@ -53,16 +54,5 @@ def _write(path: str, data: bytes) -> None:
     fresh = path + ".new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(fresh)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(fresh, flags, 0o600), "wb", buffering=0) as file:
-        file.write(data)
-        os.fsync(file.fileno())
+    durable.write_new(fresh, data)
     os.rename(fresh, path)
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

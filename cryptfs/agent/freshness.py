@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
+from cryptfs import durable
 from cryptfs.agent.places import private_state_dir
 from cryptfs.errors import FreshnessUnavailable, VolumeBusy
 from cryptfs.ports import Clock
@@ -259,11 +260,7 @@ def _create(path: str, volume_id: bytes) -> None:
         database.executescript(_SCHEMA)
         database.execute("INSERT INTO volume VALUES (1, ?, 0, 0, 0)", (volume_id,))
     os.rename(fresh, path)
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    durable.sync_directory(os.path.dirname(path))
 
 
 def _connect(path: str) -> sqlite3.Connection:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+from cryptfs import durable
 from cryptfs.agent.places import private_state_dir
 from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.shred import SECRET_BYTES
@@ -40,12 +41,9 @@ class ShredStore:
                 raise UsageError("this machine keeps another shred secret for this volume already")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path + ".new")
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(path + ".new", flags, 0o600), "wb", buffering=0) as file:
-                file.write(secret)
-                os.fsync(file.fileno())
+            durable.write_new(path + ".new", secret)
             os.rename(path + ".new", path)
-            self._sync()
+            durable.sync_directory(self.directory)
         except OSError as error:
             raise ShredSecretMissing(f"the shred secret {path} cannot be kept: {error.strerror}") from error
 
@@ -69,11 +67,7 @@ class ShredStore:
         """Overwrite and remove a secret; whether there was one. Raises `ShredSecretMissing` if that fails."""
         path = self._path(volume_id)
         try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "wb", buffering=0) as file:
-                file.write(bytes(SECRET_BYTES))
-                os.fsync(file.fileno())
-            os.unlink(path)
-            self._sync()
+            durable.destroy(path, SECRET_BYTES)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -82,10 +76,3 @@ class ShredStore:
 
     def _path(self, volume_id: bytes) -> str:
         return os.path.join(self.directory, volume_id.hex())
-
-    def _sync(self) -> None:
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cryptfs import durable
 from cryptfs.cli import passphrase, ui
 from cryptfs.errors import StoreFailed, UsageError
 from cryptfs.format.protectors import KEYFILE_MAX_BYTES, KEYFILE_MIN_BYTES
@@ -61,17 +62,11 @@ def write_secret_file(path: Path, content: bytes) -> None:
     try:
         try:
             os.fchmod(fd, 0o600)  # whatever the umask is
-            done = 0
-            while done < len(content):
-                done += os.write(fd, content[done:])
+            durable.write_all(fd, content)
             os.fsync(fd)
         finally:
             os.close(fd)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        durable.sync_directory(path.parent)
     except OSError as failure:
         path.unlink(missing_ok=True)
         raise StoreFailed(f"cannot write {path}: {failure.strerror}") from failure

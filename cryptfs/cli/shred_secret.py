@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cryptfs import durable
 from cryptfs.errors import ShredSecretMissing, UsageError
 
 if TYPE_CHECKING:
@@ -81,11 +82,8 @@ def make(path: Path) -> bytes:
     """A new secret in a new file at `path` (mode 0600), durable when this returns. Raises `UsageError`."""
     secret = os.urandom(SECRET_BYTES)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_directory(path)
+        durable.write_new(path, secret)
+        durable.sync_directory(path.parent)
     except OSError as error:
         raise UsageError(f"cannot make the shred key file {path}: {error.strerror}") from error
     return secret
@@ -97,21 +95,9 @@ def destroy(path: Path) -> bool:
     Zeros are synced before the name goes: a crash leaves the secret, or a file of zeros, which is none.
     """
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "wb", buffering=0) as file:
-            file.write(bytes(SECRET_BYTES))
-            os.fsync(file.fileno())
-        path.unlink()
-        _sync_directory(path)
+        durable.destroy(path, SECRET_BYTES)
     except FileNotFoundError:
         return False
     except OSError as error:
         raise ShredSecretMissing(f"the shred secret {path} cannot be destroyed: {error.strerror}") from error
     return True
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

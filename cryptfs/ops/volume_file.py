@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from cryptfs import durable
 from cryptfs.errors import NotAVolume, StoreFailed, VolumeBusy
 from cryptfs.ops.info import VOLUME_FILE, read_volume_file
 
@@ -49,7 +50,7 @@ class VolumeEdit:
                     fresh.unlink()
                 raise
             self.data = data
-            _sync_directory(self.cipher_dir)
+            durable.sync_directory(self.cipher_dir)
         except OSError as error:
             raise StoreFailed(f"{self.cipher_dir / VOLUME_FILE} cannot be replaced: {error.strerror}") from error
 
@@ -62,11 +63,7 @@ class VolumeEdit:
         try:
             with contextlib.suppress(FileNotFoundError):
                 (self.cipher_dir / FRESH).unlink()
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "wb", buffering=0) as file:
-                file.write(bytes(len(self.data)))
-                os.fsync(file.fileno())
-            path.unlink()
-            _sync_directory(self.cipher_dir)
+            durable.destroy(path, len(self.data))
         except OSError as error:
             raise StoreFailed(f"{path} cannot be destroyed: {error.strerror}") from error
 
@@ -79,14 +76,6 @@ def editing(cipher_dir: Path) -> Iterator[VolumeEdit]:
         yield VolumeEdit(cipher_dir, read_volume_file(cipher_dir))
     finally:
         os.close(fd)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _locked(cipher_dir: Path) -> int:
@@ -128,7 +117,5 @@ def _write(path: Path, data: bytes, like: Path) -> None:
             except PermissionError as error:
                 raise OSError(errno.EPERM, "it belongs to another user") from error
         os.fchmod(file.fileno(), there.st_mode & 0o777)
-        done = 0
-        while done < len(data):
-            done += file.write(data[done:]) or 0
+        durable.write_all(file.fileno(), data)
         os.fsync(file.fileno())
