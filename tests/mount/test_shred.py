@@ -178,6 +178,7 @@ def test_a_shred_secret_in_a_token(bare: Box) -> None:
     config = bare.root / "c" / "cryptfs"
     config.mkdir(parents=True)
     (config / "agent.toml").write_text(hsm.agent_toml())
+    bare.run("agent", "stop")  # the one that said so may be about to end, and has read the configuration
     bare.run(*init, env=pin)
     bare.run("mount", bare.vault, bare.clear, env=pin)
     (bare.clear / "records").write_bytes(b"customer 4711\n")
