@@ -5,13 +5,17 @@ What kinds whose secret leads to a key right here have in common; each says how 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cryptfs.crypto.secret import Secret
-from cryptfs.errors import WrongSecret
+from cryptfs.errors import UsageError, WrongSecret
+from cryptfs.format.protectors import SALT_BYTES
 from cryptfs.ports import Random
 from cryptfs.types import Buffer
 
@@ -61,3 +65,44 @@ def derived(secret: Buffer, salt: bytes, info: bytes) -> Secret:
     root_key = bytearray(ROOT_KEY_BYTES)
     HKDF(algorithm=SHA256(), length=ROOT_KEY_BYTES, salt=salt, info=info).derive_into(bytes(secret), root_key)
     return Secret(root_key)
+
+
+class SaltedProvider:
+    """A kind whose secret is as good as random: a stored salt is all that its protectors have.
+
+    What the kinds differ in: `kind`, `_info` (HKDF's), `_called` (for people), `_refusal`, and what `_salt` checks.
+    """
+
+    kind = ""
+    needs_network = False
+    counts_wrong_secrets = False
+    revocable = False
+    _info = b""
+    _called = ""
+    _refusal = ""
+
+    def __init__(self, random: Random = os.urandom) -> None:
+        self._random = random
+
+    def new_params(self, wish: Mapping[str, int | str | bytes]) -> dict[str, int | str | bytes]:
+        """A fresh salt. There is nothing to wish for: raises `UsageError` for anything."""
+        if wish:
+            raise UsageError(f"a {self._called}'s protector has no settings")
+        return {"kdf": "hkdf-sha256", "salt": self._random(SALT_BYTES)}
+
+    def open(self, params: Mapping[str, int | str | bytes], secret: Buffer) -> LocalRoot:
+        """The root key. A wrong secret shows at `unwrap`.
+
+        Raises `VolumeDamaged` or `UnsupportedFormat` for bad `params`, `WrongSecret` for a secret of another length.
+        """
+        salt = self._salt(params)
+        self._check_length(len(secret))
+        return LocalRoot(derived(secret, salt, self._info), self._random, self._refusal)
+
+    def _salt(self, params: Mapping[str, int | str | bytes]) -> bytes:
+        """The salt in checked `params`. Raises `VolumeDamaged`, `UnsupportedFormat`."""
+        raise NotImplementedError
+
+    def _check_length(self, count: int) -> None:
+        """Raise `WrongSecret` unless a secret of the kind can have `count` bytes."""
+        raise NotImplementedError
