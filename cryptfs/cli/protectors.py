@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cryptfs.format.volume import Protector, Volume
 
 F = TypeVar("F", bound="Callable[..., Any]")
+T = TypeVar("T")
 
 ID_PREFIX_MIN_CHARS = 4
 """Hexadecimal digits of a protector's id that are taken for one."""
@@ -139,6 +140,23 @@ class Choice:
             return recovery.ask() if self.given.recovery_file is None else recovery.read_file(self.given.recovery_file)
         sources = self.given.passphrase if self.kind == PASSPHRASE else self.given.pin
         return passphrase.ask(self._question(), sources.words) if sources.is_prompt else sources.read()
+
+    def tried(self, use: Callable[[bytes], T]) -> T:
+        """What `use` makes of the secret; one that a person typed wrong may be typed again.
+
+        Raises what `read` and `use` raise, with a hint that fits the kind.
+        """
+        from cryptfs.cli import ui
+
+        attempt = 1
+        while True:
+            try:
+                return use(self.read())
+            except CryptfsError as failure:
+                if not self.may_ask_again(failure, attempt):
+                    raise self.explained(failure) from failure.__cause__
+                ui.warning(f"{failure}; try again")
+                attempt += 1
 
     def may_ask_again(self, failure: CryptfsError, attempt: int) -> bool:
         """Whether to ask once more after attempt number `attempt` (from 1). Never for a PIN: the token counts."""

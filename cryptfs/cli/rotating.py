@@ -163,23 +163,18 @@ def _secret(cipher_dir: Path, volume: Volume, given: Given, *, unlock: bool) -> 
     from cryptfs.cli import shred_secret
     from cryptfs.ops.info import read_volume_file
 
-    choice, attempt = given.choose(volume), 1
-    while True:
-        try:
-            secret = Secret(choice, choice.read())
-            if unlock:
-                with ui.waiting("unlocking"):
-                    key_agent.unlock(
-                        read_volume_file(cipher_dir), cipher_dir, secret.value, kind=choice.kind,
-                        protector_id=choice.protector_id, shredding=shred_secret.read(volume),
-                    )  # fmt: skip
-        except CryptfsError as failure:
-            if not choice.may_ask_again(failure, attempt):
-                raise choice.explained(failure) from failure.__cause__
-            ui.warning(f"{failure}; try again")
-            attempt += 1
-        else:
-            return secret
+    choice = given.choose(volume)
+
+    def use(value: bytes) -> Secret:
+        if unlock:
+            with ui.waiting("unlocking"):
+                key_agent.unlock(
+                    read_volume_file(cipher_dir), cipher_dir, value, kind=choice.kind,
+                    protector_id=choice.protector_id, shredding=shred_secret.read(volume),
+                )  # fmt: skip
+        return Secret(choice, value)
+
+    return choice.tried(use)
 
 
 def add_version(cipher_dir: Path, secret: Secret | None, *, drop_others: bool) -> int:

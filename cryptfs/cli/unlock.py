@@ -44,7 +44,7 @@ def unlock_volume(cipher_dir: Path, given: Given, *, for_s: int | None = None, i
     """
     from cryptfs.cli import key_agent, shred_secret
     from cryptfs.cli.advice import hinted
-    from cryptfs.errors import CryptfsError, UnsupportedFormat
+    from cryptfs.errors import UnsupportedFormat
     from cryptfs.format.volume import parse_volume
     from cryptfs.ops.info import read_volume_file
 
@@ -60,19 +60,13 @@ def unlock_volume(cipher_dir: Path, given: Given, *, for_s: int | None = None, i
         )
     shredding = shred_secret.read(volume)
     choice = given.choose(volume)
-    attempt = 1
-    while True:
-        try:
-            secret = choice.read()
-            with ui.waiting("unlocking"):
-                key_agent.unlock(
-                    volume_file, cipher_dir, secret, kind=choice.kind, protector_id=choice.protector_id,
-                    shredding=shredding, for_s=for_s, idle_s=idle_s,
-                )  # fmt: skip
-        except CryptfsError as failure:
-            if not choice.may_ask_again(failure, attempt):
-                raise choice.explained(failure) from failure.__cause__
-            ui.warning(f"{failure}; try again")
-            attempt += 1
-        else:
-            return True
+
+    def use(secret: bytes) -> None:
+        with ui.waiting("unlocking"):
+            key_agent.unlock(
+                volume_file, cipher_dir, secret, kind=choice.kind, protector_id=choice.protector_id,
+                shredding=shredding, for_s=for_s, idle_s=idle_s,
+            )  # fmt: skip
+
+    choice.tried(use)
+    return True
