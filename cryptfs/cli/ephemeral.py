@@ -6,20 +6,15 @@ known for what it is, and the next mount begins again: leftovers, then a new vol
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from typing import TYPE_CHECKING
 
+from cryptfs.cli.leftovers import BESIDE_VOLUME, remove
 from cryptfs.errors import StoreFailed, UnsupportedFormat, VolumeBusy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cryptfs.format.volume import Volume
-
-LEFTOVERS = ("volume.new", "state", "tree", "sidecars", "tmp", "damaged", "domains")
-"""What a volume has in its directory besides the file `volume` (FORMAT.md §2)."""
 
 
 def renew(cipher_dir: Path, volume: Volume) -> bool:
@@ -50,13 +45,9 @@ def renew(cipher_dir: Path, volume: Volume) -> bool:
 
 
 def _remove_leftovers(cipher_dir: Path) -> None:
-    for name in LEFTOVERS:
+    for name in BESIDE_VOLUME:
         path = cipher_dir / name
         try:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            remove(path)
         except OSError as error:
             raise StoreFailed(f"{path}: {error.strerror}") from error

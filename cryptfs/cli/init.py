@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from cryptfs.cli.new_protector import NewProtector
 
 DEFAULT_BLOCK_SIZE = "16K"
-_MADE = ("volume", "volume.new", "state", "tree", "sidecars", "tmp")
-"""What `init` may leave in the directory (FORMAT.md §2), and so what it may take away again."""
 
 
 @click.command()
@@ -152,6 +149,8 @@ def _check_empty(cipher_dir: Path) -> None:
 @contextlib.contextmanager
 def _all_or_nothing(cipher_dir: Path) -> Iterator[None]:
     """Make the directory if it is missing, and if what follows fails leave things as they were."""
+    from cryptfs.cli.leftovers import MADE, remove
+
     try:
         os.mkdir(cipher_dir, 0o700)
         made_here = True
@@ -160,17 +159,9 @@ def _all_or_nothing(cipher_dir: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for name in _MADE:
-            _remove(cipher_dir / name)
+        for name in MADE:
+            remove(cipher_dir / name)
         if made_here:
             with contextlib.suppress(OSError):  # something else has been put there meanwhile: it is not ours to remove
                 os.rmdir(cipher_dir)
         raise
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
