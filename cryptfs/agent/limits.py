@@ -2,8 +2,8 @@
 
 A request is served as long as the bucket is not empty and takes its keys out, below zero if need be; what comes after
 it waits until that is made up for, one request after the other in the order they came. Requests wait, they do not
-fail; nobody waits for another volume's, nor for anything but `unwrap`. While they wait, their clients are told so every
-few seconds: a client gives up an agent that says nothing.
+fail; nobody waits for another volume's, nor for anything but `unwrap` (`rewrap` lets no key out of the agent). While
+they wait, their clients are told so every few seconds: a client gives up an agent that says nothing.
 
 Whoever waits when the volume is locked is refused at once. While it is being locked its daemon is not limited: it has
 a deadline, and what programs wrote is at stake.

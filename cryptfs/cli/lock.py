@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cryptfs.cli import ui
+
+if TYPE_CHECKING:
+    from cryptfs.keys.agent_client import LockOutcome
 
 
 @click.command()
@@ -31,41 +35,52 @@ def lock(dir_or_mountpoint: Path | None, *, everything: bool) -> None:
 
 
 def _lock_all() -> None:
-    """Every one is tried, also after one has failed. Raises the first failure."""
+    """All at once: none waits for another, whose disk may hang. Raises the first failure, after all have ended."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from cryptfs.cli import key_agent
     from cryptfs.errors import CryptfsError
 
-    failure: CryptfsError | None = None
-    for volume in key_agent.held():
-        if volume.state == "locked":
-            continue
+    volumes = [volume for volume in key_agent.held() if volume.state != "locked"]
+    failures: list[CryptfsError] = []
+    with ui.waiting("locking"), ThreadPoolExecutor(max(1, len(volumes))) as pool:
+        endings = [pool.submit(key_agent.lock, volume.volume_id) for volume in volumes]
+    for volume, ending in zip(volumes, endings, strict=True):
         try:
-            _locked(volume.volume_id)
+            _check(volume.volume_id, volume.cipher_dir, ending.result())
         except CryptfsError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
+            failures.append(error)
+    for failure in failures[1:]:
+        ui.warning(str(failure))
+    if failures:
+        raise failures[0]
 
 
 def _locked(volume_id: bytes) -> bool:
     """Lock a volume; whether it was unlocked. Raises `StoreFailed` if not everything could be written."""
     from cryptfs.cli import key_agent
-    from cryptfs.cli.advice import hinted
-    from cryptfs.errors import StoreFailed
 
     with ui.waiting("locking"):
         outcome = key_agent.lock(volume_id)
+    _check(volume_id, "the volume", outcome)
+    return outcome.was_unlocked
+
+
+def _check(volume_id: bytes, name: str, outcome: LockOutcome) -> None:
+    """Raise `StoreFailed` if not everything could be written."""
+    from cryptfs.cli.advice import hinted
+    from cryptfs.errors import StoreFailed
+
     if outcome.unwritten is None:
         raise hinted(
-            StoreFailed("the volume is locked, but its mount did not say in time that everything is written"),
+            StoreFailed(f"{name} is locked, but its mount did not say in time that everything is written"),
             "what it could not write it keeps until `cryptfs unlock`" + _how_to_end_it(volume_id),
         )
     if outcome.unwritten:
         raise hinted(
-            StoreFailed(f"the volume is locked, but changes of {outcome.unwritten} files could not be written"),
+            StoreFailed(f"{name} is locked, but changes of {outcome.unwritten} files could not be written"),
             "they wait in memory: make room, then `cryptfs unlock`",
         )
-    return outcome.was_unlocked
 
 
 def _how_to_end_it(volume_id: bytes) -> str:

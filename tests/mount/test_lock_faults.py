@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -51,6 +52,27 @@ def filled(directory: Path) -> Iterator[None]:
     finally:
         os.close(fd)
         filler.unlink()
+
+
+@contextmanager
+def beside(box: Box, name: str) -> Iterator[Path]:
+    """Another volume of the same user, mounted where this says."""
+    vault, clear = box.root / f"{name}-vault", box.root / name
+    clear.mkdir()
+    box.run("init", "--kdf-cost", "low", vault)
+    box.run("mount", vault, clear)
+    try:
+        yield clear
+    finally:
+        box.run("umount", clear)
+
+
+def is_locked(clear: Path) -> bool:
+    try:
+        os.listdir(clear)
+    except OSError as error:
+        return error.errno == errno.ENOKEY
+    return False
 
 
 def write_direct(fd: int, content: bytes) -> None:
@@ -151,13 +173,20 @@ def test_an_agent_told_to_end_locks_first_and_everything_written_is_on_disk(moun
 
 def test_a_daemon_that_hangs_is_not_waited_for_and_killing_it_ends_all_access(mounted: Box) -> None:
     (mounted.clear / "file").write_bytes(CONTENT)
-    with (mounted.clear / "file").open("rb", buffering=0) as file:
+    with ExitStack() as stack:
+        others = [stack.enter_context(beside(mounted, name)) for name in ("above", "below")]
+        file = stack.enter_context((mounted.clear / "file").open("rb", buffering=0))
         assert file.read() == CONTENT
         daemon = mounted.daemon_pid
         os.kill(daemon, signal.SIGSTOP)
         try:
-            said = mounted.run("lock", mounted.vault, code=19).stderr
-            assert "did not say in time" in said
+            words = [sys.executable, "-m", "cryptfs", "lock", "--all"]
+            command = subprocess.Popen(words, env=mounted.environment, stderr=subprocess.PIPE, text=True)
+            assert wait_until(lambda: all(is_locked(other) for other in others), 30)
+            assert command.poll() is None, "they waited for the one that hangs"
+            _, said = command.communicate(timeout=60)
+            assert command.returncode == 19
+            assert f"{mounted.vault} is locked, but its mount did not say in time" in said
             assert f"kill -9 {daemon}" in said
             assert os.pread(file.fileno(), PAGE, 0) == CONTENT[:PAGE], "what is cached is the kernel's to show"
         finally:
