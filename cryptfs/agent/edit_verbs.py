@@ -22,20 +22,17 @@ from cryptfs.agent.keyring import Keyring
 from cryptfs.agent.policies import Policies
 from cryptfs.agent.recording import Attachment, Peer, check_file
 from cryptfs.agent.shred_places import ShredPlaces
-from cryptfs.agent.unlocking import Key, NewProtector, Providers, Unlocked
+from cryptfs.agent.unlocking import Providers, Unlocked
+from cryptfs.agent.volume_args import SECRET_MAX_BYTES, get_keys, get_new_protector, get_policy, get_shred_secret
 from cryptfs.crypto.secret import Secret
-from cryptfs.errors import ProtocolError, RolledBack, UsageError
+from cryptfs.errors import RolledBack
 from cryptfs.format.agent_msg import encode_push
-from cryptfs.format.policy import BOUNDS, Policy
-from cryptfs.format.volume import FILE_MAX_BYTES, LABEL_MAX_CHARS, PROTECTORS_MAX, Volume
+from cryptfs.format.volume import FILE_MAX_BYTES, LABEL_MAX_CHARS, Volume
 from cryptfs.ports import Clock, Random
-from cryptfs.types import ID_BYTES
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-SECRET_MAX_BYTES = 64 << 10
 
 
 class Editing:
@@ -194,48 +191,3 @@ class Editing:
         for version, kek in new.items():
             self._keyring.pend(volume.volume_id, version, kek)
         return {"volume": made.data}
-
-
-def get_shred_secret(args: Args) -> bytes:
-    """The secret, or what leads to it; empty if none is given."""
-    return arg.get_bytes(args, "shred_secret", 0, SECRET_MAX_BYTES)
-
-
-def get_new_protector(args: Args, now_s: int) -> NewProtector:
-    """The arguments `kind`, `wish` and `label`."""
-    return NewProtector(
-        kind=arg.get_text(args, "kind", LABEL_MAX_CHARS),
-        wish=arg.get_plain_map(args, "wish"),
-        label=arg.get_text(args, "label", LABEL_MAX_CHARS),
-        created_s=now_s,
-    )
-
-
-def get_policy(args: Args, name: str) -> Policy:
-    """A map of policy fields (FORMAT.md §3). Raises `UsageError` for a value out of bounds."""
-    value = args[name]
-    if not isinstance(value, dict):
-        raise ProtocolError(f"{name} must be a map")
-    for field, number in value.items():
-        if field not in BOUNDS:
-            raise UsageError(f"a policy has no field {field!r}")
-        if type(number) is not int:
-            raise ProtocolError(f"the policy's {field} must be an int")
-    return Policy(**value)
-
-
-def get_keys(args: Args, name: str, stack: ExitStack) -> list[Key]:
-    """An array of [protector id, secret], each secret wiped with `stack`."""
-    rows = args[name]
-    if type(rows) is not list or len(rows) > PROTECTORS_MAX:
-        raise ProtocolError(f"{name} must be an array of at most {PROTECTORS_MAX}")
-    keys: list[Key] = []
-    for row in rows:
-        if type(row) is not list or len(row) != 2 or type(row[0]) is not bytes or type(row[1]) is not bytes:
-            raise ProtocolError(f"{name} must hold [protector id, secret] each")
-        if len(row[0]) != ID_BYTES or not 1 <= len(row[1]) <= SECRET_MAX_BYTES:
-            raise ProtocolError(f"{name} must hold [protector id, secret] each")
-        keys.append(Key(stack.enter_context(Secret.of(row[1])), protector_id=row[0]))
-    if len({key.protector_id for key in keys}) != len(keys):
-        raise ProtocolError(f"{name} names a protector twice")
-    return keys

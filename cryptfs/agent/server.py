@@ -89,8 +89,8 @@ class Server:
             changed=self._on_change,
         )
         self._exe_of = (around or Around()).exe_of
-        self.locks = self._service.locks
-        self.policies = self._service.policies
+        self.locks = self._service.volumes.locks
+        self.policies = self._service.volumes.policies
         self._exit_when_empty = exit_when_empty
         self._startup_grace_s = startup_grace_s
         self._empty_grace_s = empty_grace_s
@@ -113,16 +113,14 @@ class Server:
                     nursery.start_soon(self._accept, listener)
                     nursery.start_soon(self._close_records)
                     nursery.start_soon(self.audit.serve)
-                    nursery.start_soon(self._service.locks.serve)
-                    nursery.start_soon(self._service.reverifier.serve)
-                    nursery.start_soon(self._service.limits.serve)
+                    nursery.start_soon(self._service.volumes.serve)
                     if self._exit_when_empty:
                         nursery.start_soon(self._wait_empty)
                     task_status.started()
                     await self._service.stopping.wait()
                     nursery.cancel_scope.cancel()
             finally:
-                self._service.forget_all()
+                self._service.volumes.forget_all()
                 with trio.CancelScope(shield=True):
                     await self._service.close_records()
                 self.audit.close()
@@ -143,7 +141,7 @@ class Server:
         self._service.stopping.set()
 
     async def _lock_and_stop(self) -> None:
-        await self._service.locks.lock_all("the agent ends")
+        await self.locks.lock_all("the agent ends")
         self._service.stopping.set()
 
     def _on_change(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import msgpack
 
 from cryptfs.errors import ProtocolError
+from cryptfs.format.agent_codes import CODES
 from cryptfs.types import Buffer
 
 PROTOCOL_VERSION = 1
@@ -30,14 +31,6 @@ ID_MAX = (1 << 63) - 1
 VERB_MAX_CHARS = 32
 _START_BYTES = 4096
 """Room a message begins with. msgpack's own choice is 256 KiB each time, which the agent's memory fills twice."""
-
-CODES = frozenset(
-    {
-        "locked", "wrong-secret", "damaged", "rolled-back", "unsupported", "denied", "protocol", "busy", "freshness",
-        "audit", "shred-secret", "usage", "backend", "internal",
-    }
-)  # fmt: skip
-"""The error codes of version 1."""
 
 _LEAVES = frozenset({bytes, str, int, bool, type(None)})
 
@@ -61,7 +54,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A request's failure: `code` is one of `CODES`, `message` is for people and holds no secret."""
+    """A request's failure: `code` is one of `agent_codes.CODES`, `message` is for people and holds no secret."""
 
     request_id: int
     code: str

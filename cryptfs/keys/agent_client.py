@@ -19,24 +19,8 @@ from typing import Any
 import trio
 
 from cryptfs.crypto.secret import overwrite
-from cryptfs.errors import (
-    AgentUnavailable,
-    AuditUnavailable,
-    BackendUnavailable,
-    CryptfsError,
-    Denied,
-    FreshnessUnavailable,
-    NotPermitted,
-    ProtocolError,
-    RolledBack,
-    ShredSecretMissing,
-    UnsupportedFormat,
-    UsageError,
-    VolumeBusy,
-    VolumeDamaged,
-    VolumeLocked,
-    WrongSecret,
-)
+from cryptfs.errors import AgentUnavailable, NotPermitted, ProtocolError
+from cryptfs.format.agent_codes import error_of
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Answer, AnswerDecoder, Failure, Push, Reply, encode_request
 from cryptfs.keys.agent_answers import (
     AgentStatus,
@@ -72,22 +56,6 @@ TICK_S = 10.0
 PATIENCE_TICKS = 2
 """A request unanswered for this many ticks means that the agent hangs."""
 
-_ERRORS: Mapping[str, type[CryptfsError]] = {
-    "locked": VolumeLocked,
-    "wrong-secret": WrongSecret,
-    "damaged": VolumeDamaged,
-    "rolled-back": RolledBack,
-    "unsupported": UnsupportedFormat,
-    "denied": Denied,
-    "protocol": ProtocolError,
-    "busy": VolumeBusy,
-    "freshness": FreshnessUnavailable,
-    "audit": AuditUnavailable,
-    "shred-secret": ShredSecretMissing,
-    "usage": UsageError,
-    "backend": BackendUnavailable,
-    "internal": AgentUnavailable,
-}
 _UCRED = struct.Struct("iII")
 
 
@@ -267,7 +235,7 @@ class AgentClient:
         if isinstance(answer, Reply):
             return answer.result
         if isinstance(answer, Failure):
-            raise _ERRORS[answer.code](answer.message)
+            raise error_of(answer.code, answer.message)
         raise AgentUnavailable(self._why())
 
     async def hello(self, role: str) -> int:

@@ -251,7 +251,7 @@ async def test_an_older_volume_file(serve_here: ServeHere) -> None:
     """It still unlocks, which takes its passphrase; nothing is mounted with it."""
     async with serve_here() as served, open_agent(served.path) as client:
         volume_id, old = await create(client)
-        newer = _with_serial(served.server._service._keyring._held[volume_id].keks[1].view(), old, 2)
+        newer = _with_serial(served.server._service.volumes.keyring._held[volume_id].keks[1].view(), old, 2)
         requests = VolumeRequests.over(client, volume_id)
         async with open_agent(served.path, role="daemon") as daemon:
             await attach(daemon, volume_id, newer)

@@ -103,7 +103,7 @@ async def test_a_refusal_locks_the_volume_and_is_on_the_record(serve_here: Serve
         data = await made(client)
         await unlock(client, data)
         token.refuses = Denied("the key is destroyed")
-        reverifier = served.server._service.reverifier
+        reverifier = served.server._service.volumes.reverifier
         [watched] = reverifier._watched.values()
         watched.due = 0.0
         reverifier._wake.set()
@@ -159,7 +159,7 @@ async def test_a_root_that_hangs_does_not_hold_up_those_that_do_not(serve_here: 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(unlock, client, data)
                 await settled(lambda: token.opened == 1)
-                assert served.server._service._kdf_limit.borrowed_tokens == 0
+                assert served.server._service.threads.kdf_limit.borrowed_tokens == 0
                 token.hangs.set()
         finally:
             token.hangs.set()
@@ -171,13 +171,13 @@ async def test_a_root_that_hangs_is_given_up_and_undone(serve_here: ServeHere) -
         data = await made(client)
         token = token_of(served)
         token.hangs = threading.Event()
-        served.server._service.root_patience_s = 0.1
+        served.server._service.threads.root_patience_s = 0.1
         try:
             with pytest.raises(BackendUnavailable, match="has not answered"):
                 await unlock(client, data)
         finally:
             token.hangs.set()
-        await settled(lambda: served.server._service._root_limit.borrowed_tokens == 0)
+        await settled(lambda: served.server._service.threads.root_limit.borrowed_tokens == 0)
         await settled(lambda: not token.open)
         assert await state(client) == []
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cryptfs.errors import ProtocolError
+from cryptfs.format.agent_codes import CODES
 from cryptfs.format.agent_msg import (
-    CODES,
     ID_MAX,
     MESSAGE_MAX_BYTES,
     AnswerDecoder,
