@@ -13,6 +13,9 @@ from typing import Protocol
 
 from cryptfs.types import Buffer, Purpose
 
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+"""Flags of `Store.rename`, as renameat2(2) has them."""
+
 
 @dataclass(frozen=True, slots=True)
 class KeyRun:
@@ -214,7 +217,7 @@ class Store(Protocol):
     def rmdir(self, dir_fd: int, name: bytes) -> None: ...
     def unlink(self, dir_fd: int, name: bytes) -> None: ...
     def rename(self, src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) -> None:
-        """renameat2(2): flags RENAME_NOREPLACE (1), RENAME_EXCHANGE (2)."""
+        """renameat2(2): flags 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
         ...
 
     def link(self, src_fd: int, src: bytes, dst_fd: int, dst: bytes) -> None: ...

@@ -18,7 +18,7 @@ from cryptfs.errors import AgentUnavailable, VolumeLocked
 from cryptfs.format.dirlog import Entry
 from cryptfs.fs.files import Attr, Changes
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse.errno_map import answered, guarded
 from cryptfs.fuse.gate import Gate

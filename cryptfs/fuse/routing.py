@@ -21,7 +21,7 @@ from pyfuse3 import EntryAttributes, FileInfo, StatvfsData
 from cryptfs.errors import AgentUnavailable, CryptfsError, VolumeLocked
 from cryptfs.fs.domain import id_in_name, root_stat, show_at_place
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse.errno_map import answered
 from cryptfs.fuse.gate import Gate

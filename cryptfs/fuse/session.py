@@ -12,7 +12,7 @@ import pyfuse3
 import trio
 
 from cryptfs.errors import MissingDependency, MountpointUnusable
-from cryptfs.fs.namespace import Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse import loop
 from cryptfs.fuse.forgetting import Forgetting, sync_mount

@@ -10,14 +10,13 @@ from cryptfs.errors import Damaged
 from cryptfs.format.dirlog import DirPayload
 from cryptfs.format.log import HEADER_BYTES, KIND_DIR, KIND_FILE, LogHeader, decode_header
 from cryptfs.fs.context import FsContext, sidecar_name
-from cryptfs.fs.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cryptfs.fs.sealed_log import Frame, SealedLog
 from cryptfs.fs.volume import Volume
 from cryptfs.names import DIR_LOG, DIR_LOG_NEW
 from cryptfs.ops.check import Check, LostDir
 from cryptfs.ops.check_report import What
 from cryptfs.ops.quarantine import Quarantine, open_chain
-from cryptfs.ports import KeyRun
+from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE, KeyRun
 from cryptfs.types import Purpose
 
 

@@ -9,7 +9,6 @@ from cryptfs.errors import Damaged
 from cryptfs.format.datafile import decode_data_header
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.directory import DirNode
-from cryptfs.fs.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cryptfs.fs.symlink import decode_target_text, read_target
 from cryptfs.fs.volume import Volume
 from cryptfs.ops.check import Check
@@ -18,6 +17,7 @@ from cryptfs.ops.check_files import opened, read_sidecar
 from cryptfs.ops.check_report import Spot
 from cryptfs.ops.offline import open_for_reading
 from cryptfs.ops.quarantine import open_chain, rename_even_if_read_only
+from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cryptfs.types import Kind
 
 

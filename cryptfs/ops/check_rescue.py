@@ -11,7 +11,7 @@ from cryptfs.errors import Damaged
 from cryptfs.fs.attr_log import make_attr_log
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import RENAME_NOREPLACE, Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.symlink import encode_target_text, read_target
 from cryptfs.fs.volume import Volume
 from cryptfs.names import DIR_LOG, tree_name
@@ -24,6 +24,7 @@ from cryptfs.ops.check_report import Finding, Spot, What
 from cryptfs.ops.offline import open_for_reading
 from cryptfs.ops.quarantine import Quarantine, drop_entry, inode_of, open_chain
 from cryptfs.ops.salvage import Place, Salvaged, Source, read_records, salvage
+from cryptfs.ports import RENAME_NOREPLACE
 from cryptfs.types import ID_BYTES, Kind
 
 _COPY_BYTES = 1 << 20

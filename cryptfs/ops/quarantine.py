@@ -4,7 +4,7 @@
 path they were found at. `CIPHERDIR/damaged/` keeps data files, sidecars and logs of which not everything could be
 read, as they were: nothing reads them, and who has given up on them deletes them.
 
-Each move is `.dir` frame first, tree second, as everywhere (`fs.namespace`); a directory is made durable before
+Each move is `.dir` frame first, tree second, as everywhere (`fs.changing`); a directory is made durable before
 anything enters it. What goes to `damaged/` is linked there before its old name goes.
 """
 
@@ -19,9 +19,10 @@ from cryptfs.errors import Damaged
 from cryptfs.format.dirlog import Entry
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import RENAME_NOREPLACE, Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.names import NAME_MAX_BYTES, is_long, sealed_from_tree, tree_name
+from cryptfs.ports import RENAME_NOREPLACE
 from cryptfs.types import Kind
 
 PREFIX = b"cryptfs-quarantine-"

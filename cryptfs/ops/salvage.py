@@ -21,7 +21,7 @@ from cryptfs.fs.context import FsContext, sidecar_name, twin_name
 from cryptfs.fs.files import Changes
 from cryptfs.fs.history import POISON, build_map, xattrs_after
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.sealed_log import authenticate, intact_payload, is_authentic, parse, read_log
 from cryptfs.fs.state import FileState
 from cryptfs.fs.volume import Volume

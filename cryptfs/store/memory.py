@@ -17,11 +17,10 @@ import random
 import stat
 from collections.abc import Iterator
 
+from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cryptfs.store.disk_model import Inode
 from cryptfs.store.memory_files import MemoryFiles, os_error, store_call
 
-RENAME_NOREPLACE = 1
-RENAME_EXCHANGE = 2
 TARGET_MAX_BYTES = 4095
 
 

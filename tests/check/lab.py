@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.names import tree_name
 from cryptfs.ops.check import check_volume

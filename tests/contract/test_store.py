@@ -12,10 +12,10 @@ from typing import cast
 
 import pytest
 
-from cryptfs.ports import Store
+from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE, Store
 from cryptfs.store import local
 from cryptfs.store.local import LocalStore
-from cryptfs.store.memory import RENAME_EXCHANGE, RENAME_NOREPLACE, MemoryStore
+from cryptfs.store.memory import MemoryStore
 
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
 

@@ -17,8 +17,8 @@ import trio.testing
 
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import RENAME_EXCHANGE
 from cryptfs.fs.rotation import Rotation
+from cryptfs.ports import RENAME_EXCHANGE
 from cryptfs.types import Kind
 from tests.crash.machine import BLOCK
 from tests.crash.world import ROOT, UNKNOWN, Look, Place, Seen, World

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cryptfs.fs.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
+from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.faults.driver import Driver
 
 BLOCK = 4096

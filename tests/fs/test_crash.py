@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cryptfs.errors import CryptfsError, Damaged
-from cryptfs.fs.namespace import RENAME_EXCHANGE
+from cryptfs.ports import RENAME_EXCHANGE
 from cryptfs.store.disk_model import Order
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore

@@ -8,7 +8,8 @@ import stat
 import pytest
 
 from cryptfs.fs.files import Changes
-from cryptfs.fs.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, Owner
+from cryptfs.fs.making import Owner
+from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cryptfs.types import Kind
 from tests.fs.tree import OWNER, Tree, errno_of
 

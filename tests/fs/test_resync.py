@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from cryptfs.fs.namespace import Owner
+from cryptfs.fs.making import Owner
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.volumes import abandon, open_test_volume
 

@@ -16,9 +16,8 @@ from cryptfs.format.log import HEADER_BYTES as LOG_HEADER_BYTES
 from cryptfs.fs import directory, journal, reconcile
 from cryptfs.fs.context import sidecar_name
 from cryptfs.fs.directory import DirNode
-from cryptfs.fs.namespace import RENAME_EXCHANGE
 from cryptfs.names import tree_name
-from cryptfs.ports import FreshKeys, KeyRun, Store
+from cryptfs.ports import RENAME_EXCHANGE, FreshKeys, KeyRun, Store
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.keys import FakeDekProvider
 from cryptfs.types import Purpose

@@ -19,13 +19,12 @@ from cryptfs.format.log import HEADER_BYTES, decode_header
 from cryptfs.fs.context import sidecar_name, write_all
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import RENAME_EXCHANGE
 from cryptfs.fs.rewrapping import KEYS_AT_ONCE
 from cryptfs.fs.rotation import Pace, Progress, Rotation
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.names import tree_name
-from cryptfs.ports import KeyRun, Kit
+from cryptfs.ports import RENAME_EXCHANGE, KeyRun, Kit
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.clock import FakeClock

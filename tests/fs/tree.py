@@ -15,7 +15,7 @@ from cryptfs.errors import Damaged
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.files import Attr, Changes
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.namespace import Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.volume import Volume
 from cryptfs.ports import DekProvider
 from cryptfs.store.local import LocalStore

@@ -10,8 +10,9 @@ import random
 
 import pytest
 
+from cryptfs.ports import RENAME_EXCHANGE
 from cryptfs.store.disk_model import Order
-from cryptfs.store.memory import RENAME_EXCHANGE, MemoryStore
+from cryptfs.store.memory import MemoryStore
 from tests.model import directory_model as model
 from tests.model.directory_model import Credulous, EvidenceOnly, Look, Ops, Reader
 from tests.model.explore_directories import NEW, OLD, Explorer, Findings, ops_of

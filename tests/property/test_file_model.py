@@ -23,7 +23,7 @@ from cryptfs.format.datafile import HEADER_BYTES
 from cryptfs.fs import directory, journal
 from cryptfs.fs.epoch import read_state
 from cryptfs.fs.file import FileNode
-from cryptfs.fs.namespace import Owner
+from cryptfs.fs.making import Owner
 from cryptfs.fs.rotation import Rotation
 from cryptfs.fs.volume import Volume
 from cryptfs.keys.cache import KeyCache

@@ -19,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from cryptfs.fs import directory, journal
 from cryptfs.fs import inodes as inodes_module
-from cryptfs.fs.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
+from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore
 from tests.fs.tree import Tree
