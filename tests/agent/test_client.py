@@ -15,7 +15,7 @@ import trio.testing
 
 from cryptfs.errors import AgentUnavailable, CryptfsError, ProtocolError, VolumeLocked
 from cryptfs.format.agent_msg import RequestDecoder, encode_failure, encode_push, encode_reply
-from cryptfs.keys import agent_client
+from cryptfs.keys import agent_connection
 from cryptfs.keys.agent_client import AgentClient, connect, open_agent
 
 HELLO = {"version": 1, "pid": 7, "started_s": 0}
@@ -214,7 +214,7 @@ async def test_pushes_arrive_between_answers_and_without_any(short_tmp: Path) ->
 
 
 async def test_an_agent_that_hangs_is_given_up(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_client, "TICK_S", 0.02)
+    monkeypatch.setattr(agent_connection, "TICK_S", 0.02)
     async with fake_agent(short_tmp / "s", lambda *_: b"") as path, open_agent(path) as client:
         with trio.fail_after(5), pytest.raises(AgentUnavailable, match="does not answer"):
             await client.status()
@@ -223,7 +223,7 @@ async def test_an_agent_that_hangs_is_given_up(short_tmp: Path, monkeypatch: pyt
 async def test_a_patient_request_outlasts_an_impatient_ones_limit(
     short_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_client, "TICK_S", 0.01)
+    monkeypatch.setattr(agent_connection, "TICK_S", 0.01)
     async with fake_agent(short_tmp / "s", lambda *_: b"") as path, open_agent(path) as client:
         with trio.move_on_after(0.15) as scope:
             await client.request("unlock", {}, patience_ticks=1000)

@@ -18,7 +18,7 @@ from cryptfs.agent.server import Server
 from cryptfs.errors import AgentUnavailable, VolumeLocked
 from cryptfs.format.agent_msg import AnswerDecoder, Push
 from cryptfs.format.policy import Policy
-from cryptfs.keys import agent_client
+from cryptfs.keys import agent_connection
 from cryptfs.keys.agent_client import AgentClient, open_agent
 from cryptfs.testing.clock import FakeClock, TrioClock
 from cryptfs.testing.roots import FakeProvider
@@ -373,7 +373,7 @@ async def test_a_client_waits_as_long_as_it_is_told_that_it_does(
         _, _, wrapped = await client.generate(volume_id, LOG_ID, "block", 2)
         limit(served.server, volume_id, 1)
         await client.unwrap(volume_id, [(LOG_ID, "block", 1, wrapped, 0)])
-        monkeypatch.setattr(agent_client, "TICK_S", 0.1)
+        monkeypatch.setattr(agent_connection, "TICK_S", 0.1)
         async with open_agent(served.path, linger=False) as hasty:
             ended = await in_the_background(nursery, hasty, volume_id, wrapped)
             if told:
