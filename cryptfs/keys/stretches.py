@@ -48,3 +48,8 @@ def requests_of(runs: Sequence[KeyRun]) -> Iterator[list[tuple[int, KeyRun]]]:
                 request, room = [], KEYS_AT_ONCE
     if request:
         yield request
+
+
+def split(joined: bytes, width: int) -> list[bytes]:
+    """The wraps that are joined, each `width` bytes."""
+    return [joined[at : at + width] for at in range(0, len(joined), width)]

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from cryptfs.keys.agent_answers import get_bool, get_floors, get_int, get_rewrapped
 from cryptfs.keys.agent_client import AgentClient
-from cryptfs.keys.cache import KitBytes, UnwrapItem
+from cryptfs.keys.upstream import KitBytes, UnwrapItem
 
 KITS_AT_ONCE = 256
 LOGS_AT_ONCE = 1024
