@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +39,10 @@ def accept_all(cipher_dir: Path, given: Given) -> None:
     import trio
 
     from cryptfs import paths
-    from cryptfs.cli import key_agent, mounts
+    from cryptfs.cli import mounts
     from cryptfs.cli.located import cipher_dir_of
-    from cryptfs.cli.unlock import unlock_volume
-    from cryptfs.errors import CryptfsError, VolumeBusy
+    from cryptfs.cli.unlock import unlocked
+    from cryptfs.errors import VolumeBusy
     from cryptfs.keys.agent_client import open_agent
     from cryptfs.ops.info import read_volume_file
     from cryptfs.ops.init import config_of
@@ -54,18 +53,13 @@ def accept_all(cipher_dir: Path, given: Given) -> None:
     daemon = mounts.daemon_of_volume(cipher_dir)
     if daemon is not None and not mounts.is_leaving(daemon):
         raise VolumeBusy(f"the volume is mounted on {daemon.mountpoint}")
-    unlocked_here = unlock_volume(cipher_dir, given)
 
     async def run() -> None:
         async with open_agent(paths.agent_socket()) as client:
             await _accept_volume(client, cipher_dir, volume_file)
 
-    try:
+    with unlocked(cipher_dir, volume_id, given):
         trio.run(run)
-    finally:
-        if unlocked_here:
-            with suppress(CryptfsError):
-                key_agent.lock(volume_id)
 
 
 async def _accept_volume(client: AgentClient, cipher_dir: Path, volume_file: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,22 +127,17 @@ def verify(
 
     Ends with 0 if nothing was changed, 28 if something was.
     """
-    from cryptfs.cli import key_agent
     from cryptfs.cli.audit_verdict import verify_logs
     from cryptfs.cli.located import cipher_dir_of
-    from cryptfs.cli.unlock import unlock_volume
+    from cryptfs.cli.unlock import unlocked
 
     volume_id = None
-    unlocked_here = False
-    if dir is not None:
-        volume_id = _volume_id(dir)
-        unlocked_here = unlock_volume(cipher_dir_of(dir), given)
-    try:
+    with contextlib.ExitStack() as stack:
+        if dir is not None:
+            volume_id = _volume_id(dir)
+            stack.enter_context(unlocked(cipher_dir_of(dir), volume_id, given))
         with ui.waiting("verifying"):
             outcome = verify_logs(_directory(), volume_id)
-    finally:
-        if unlocked_here and volume_id is not None:
-            key_agent.lock(volume_id)
     if as_document:
         ui.out_json(outcome.as_json())
     else:

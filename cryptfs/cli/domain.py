@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cryptfs.cli import new_protector, protectors, ui
+from cryptfs.cli import new_protector, new_shred_secret, protectors, ui
 from cryptfs.cli.sizes import block_size_given
 
 if TYPE_CHECKING:
     from cryptfs.cli.located import Inside
     from cryptfs.cli.new_protector import NewProtector
+    from cryptfs.cli.new_shred_secret import NewShredSecret
     from cryptfs.cli.protectors import Given
     from cryptfs.format.volume import Volume
 
@@ -38,30 +39,13 @@ def domain() -> None:
     "--protector", "kind", type=new_protector.KIND_CHOICE, help="What opens it (default: what the options are for)."
 )
 @click.option("--label", metavar="TEXT", help="A name for its protector, readable by anyone (default: its kind).")
-@click.option(
-    "--shred-secret/--no-shred-secret",
-    default=None,
-    help="Make a secret that `shred` destroys; this machine keeps it.  [default: yes, unless it is kept elsewhere]",
-)
-@click.option(
-    "--shred-keyfile",
-    metavar="PATH",
-    type=click.Path(path_type=Path),
-    help="Make that secret in a new file of your own instead; without it nothing opens the domain.",
-)
-@click.option(
-    "--shred-token",
-    metavar="MODULE:TOKEN",
-    help="Keep that secret behind a new key in a PKCS#11 token: a module of agent.toml, a token's label or serial.",
-)
+@functools.partial(new_shred_secret.options, what="domain", by_default=True)
 @functools.partial(new_protector.options, beside_another=False)
 def create(
     path: Path,
     *,
     block_size: int | None,
-    shred_secret: bool | None,
-    shred_keyfile: Path | None,
-    shred_token: str | None,
+    shred: NewShredSecret,
     new: NewProtector,
 ) -> None:
     """Make the directory PATH, in a mounted volume, a domain with a key of its own.
@@ -69,14 +53,10 @@ def create(
     PATH is made, or must be empty. The domain is unlocked afterwards.
     """
     from cryptfs.cli import key_agent
-    from cryptfs.cli.init import check_one_place, shredding_with
     from cryptfs.errors import UsageError
     from cryptfs.keys.edit_requests import VolumeWish
     from cryptfs.ops.info import read_volume
 
-    if shred_secret is None:
-        shred_secret = shred_keyfile is None and shred_token is None
-    check_one_place([shred_secret, shred_keyfile is not None, shred_token is not None])
     kind = new.checked()
     label = kind if new.label is None else new.label
     new_protector.check_label(label)
@@ -92,7 +72,7 @@ def create(
         with new.made(kind, label, inside.cipher_dir, str(inside.mountpoint)) as made:
             with (
                 ui.waiting("making the domain"),
-                shredding_with(shred_secret, shred_keyfile, shred_token) as shredding,
+                shred.made() as shredding,
             ):
                 wish = VolumeWish(block_size, made.wish, **shredding)
                 volume_id = key_agent.create_domain(inside.cipher_dir, inside.path, wish)
@@ -102,7 +82,7 @@ def create(
             with suppress(OSError):
                 os.rmdir(inside.path)
         raise
-    if shred_secret:
+    if shred.by_agent:
         ui.note("its shred secret is kept by this machine's key agent: nothing opens the domain without it")
     ui.done(f"{inside.path} is a domain now; `cryptfs lock {inside.path}` locks it and nothing else")
 

@@ -6,11 +6,11 @@ import contextlib
 import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from cryptfs.cli import new_protector, ui
+from cryptfs.cli import new_protector, new_shred_secret, ui
 from cryptfs.cli.protectors import PASSPHRASE
 from cryptfs.cli.sizes import block_size_given
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cryptfs.cli.new_protector import NewProtector
+    from cryptfs.cli.new_shred_secret import NewShredSecret
 
 DEFAULT_BLOCK_SIZE = "16K"
 
@@ -36,27 +37,14 @@ DEFAULT_BLOCK_SIZE = "16K"
     "--protector", "kind", type=new_protector.KIND_CHOICE, help="What opens it (default: what the options are for)."
 )
 @click.option("--label", metavar="TEXT", help="A name for its protector, readable by anyone (default: its kind).")
-@click.option("--shred-secret", is_flag=True, help="Make a secret that `shred` destroys; this machine keeps it.")
-@click.option(
-    "--shred-keyfile",
-    metavar="PATH",
-    type=click.Path(path_type=Path),
-    help="Make that secret in a new file of your own instead; without it nothing opens the volume.",
-)
-@click.option(
-    "--shred-token",
-    metavar="MODULE:TOKEN",
-    help="Keep that secret behind a new key in a PKCS#11 token: a module of agent.toml, a token's label or serial.",
-)
+@functools.partial(new_shred_secret.options, what="volume", by_default=False)
 @click.option("--ephemeral", is_flag=True, help="Scratch space: a new key at every mount, never stored anywhere.")
 @functools.partial(new_protector.options, beside_another=False)
 def init(
     dir: Path,  # noqa: A002
     *,
     block_size: int,
-    shred_secret: bool,
-    shred_keyfile: Path | None,
-    shred_token: str | None,
+    shred: NewShredSecret,
     ephemeral: bool,
     new: NewProtector,
 ) -> None:
@@ -69,7 +57,8 @@ def init(
     kind = PASSPHRASE if ephemeral else new.checked()
     cipher_dir = Path(os.path.realpath(dir))
     _check_empty(cipher_dir)
-    _check_together(ephemeral, [shred_secret, shred_keyfile is not None, shred_token is not None], new)
+    if ephemeral:
+        _check_alone(shred, new)
     if ephemeral:
         with ui.waiting("making the volume"), _all_or_nothing(cipher_dir):
             key_agent.create_volume(cipher_dir, VolumeWish(block_size, None))
@@ -80,54 +69,23 @@ def init(
             with (
                 ui.waiting("making the volume"),
                 _all_or_nothing(cipher_dir),
-                shredding_with(shred_secret, shred_keyfile, shred_token) as shredding,
+                shred.made() as shredding,
             ):
                 key_agent.create_volume(cipher_dir, VolumeWish(block_size, made.wish, **shredding))
             made.kept(parse_volume(read_volume_file(cipher_dir)).volume_id)
-    if shred_secret:
+    if shred.by_agent:
         ui.note("its shred secret is kept by this machine's key agent: nothing opens the volume without it")
     ui.done(f"{cipher_dir} is a volume now; `cryptfs mount {cipher_dir} MOUNTPOINT` shows what is in it")
 
 
-def _check_together(ephemeral: bool, places: list[bool], new: NewProtector) -> None:
-    """`places`: whether each way to keep a shred secret was given."""
+def _check_alone(shred: NewShredSecret, new: NewProtector) -> None:
+    """An ephemeral volume has neither. Raises `UsageError`."""
     from cryptfs.errors import UsageError
 
-    check_one_place(places)
-    if ephemeral and any(places):
+    if shred.places:
         raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
-    if ephemeral and new.secret_options():
+    if new.secret_options():
         raise UsageError("an ephemeral volume has no protector: its key is never stored")
-
-
-def check_one_place(places: list[bool]) -> None:
-    """`places`: whether each way to keep a shred secret was given. Raises `UsageError` if several were."""
-    from cryptfs.errors import UsageError
-
-    if sum(places) > 1:
-        raise UsageError("--shred-secret, --shred-keyfile and --shred-token: the secret can be in one place only")
-
-
-@contextlib.contextmanager
-def shredding_with(by_agent: bool, keyfile: Path | None, token: str | None = None) -> Iterator[dict[str, Any]]:
-    """What a `VolumeWish` says of the shred secret; a key file made for it is removed again if what follows fails."""
-    from cryptfs.cli import shred_secret
-
-    if token is not None:
-        module, _, name = token.partition(":")
-        wish, pin = {"module": module, "token": name}, shred_secret.ask_pin(name)
-        yield {"shred_kind": shred_secret.TOKEN, "shred_params": wish, "shred_secret": pin}
-        return
-    if keyfile is None:
-        yield {"shred_kind": shred_secret.AGENT} if by_agent else {}
-        return
-    path = Path(os.path.realpath(keyfile))
-    secret = shred_secret.make(path)
-    try:
-        yield {"shred_kind": shred_secret.KEYFILE, "shred_params": {"path": str(path)}, "shred_secret": secret}
-    except BaseException:
-        shred_secret.destroy(path)
-        raise
 
 
 def _check_empty(cipher_dir: Path) -> None:

@@ -70,9 +70,9 @@ def _domain_in(dir: Path, path: Path, given: Given) -> Path:  # noqa: A002
 def _destroy(cipher_dir: Path, *, part: bool) -> None:
     from cryptfs.cli import key_agent
     from cryptfs.format.volume import parse_volume
-    from cryptfs.ops.volume_file import editing
+    from cryptfs.ops.volume_file import VolumeEdit
 
-    with editing(cipher_dir) as edit:
+    with VolumeEdit.of(cipher_dir) as edit:
         volume = parse_volume(edit.data)
         if part:
             # What programs wrote into it need not be kept: only that nobody reads it any more counts.

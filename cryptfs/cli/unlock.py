@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -70,3 +72,22 @@ def unlock_volume(cipher_dir: Path, given: Given, *, for_s: int | None = None, i
 
     choice.tried(use)
     return True
+
+
+@contextlib.contextmanager
+def unlocked(cipher_dir: Path, volume_id: bytes, given: Given) -> Iterator[bool]:
+    """The volume in `cipher_dir` (resolved), unlocked for the block, which is told whether it was locked before.
+
+    If so it is locked again afterwards. Raises as `unlock_volume`.
+    """
+    from cryptfs.cli import key_agent
+    from cryptfs.errors import CryptfsError
+
+    was_locked = unlock_volume(cipher_dir, given)
+    try:
+        yield was_locked
+    finally:
+        if was_locked:
+            # An agent that is gone has locked it; whatever the block raised is what there is to say.
+            with contextlib.suppress(CryptfsError):
+                key_agent.lock(volume_id)

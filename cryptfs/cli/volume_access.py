@@ -63,8 +63,7 @@ def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: boo
     mounted), and what `work` raises.
     """
     from cryptfs.agent.hardening import harden
-    from cryptfs.cli import key_agent
-    from cryptfs.cli.unlock import unlock_volume
+    from cryptfs.cli.unlock import unlocked
 
     cipher_dir = cipher_dir_of(cipher_dir)
     volume_file = read_volume_file(cipher_dir)
@@ -75,26 +74,21 @@ def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: boo
     if daemon is not None and exclusive:
         raise VolumeBusy(f"the volume is mounted on {daemon.mountpoint}")
     mounted = _seen_at(cipher_dir, volume_id, daemon)
-    unlocked_here = unlock_volume(cipher_dir, given)
-    # Only now: an agent that was just started inherits none of this.
-    harden()
-    os.umask(0)  # modes are those of the volume's entries
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    _say_what_is_settled(aloud=exclusive)
+    with unlocked(cipher_dir, volume_id, given) as was_locked:
+        # Only now: an agent that was just started inherits none of this.
+        harden()
+        os.umask(0)  # modes are those of the volume's entries
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        _say_what_is_settled(aloud=exclusive)
 
-    async def run() -> T:
-        async with _reached(
-            cipher_dir, volume_file, daemon, mounted, keep=not unlocked_here, exclusive=exclusive
-        ) as reached:
-            return await work(reached)
+        async def run() -> T:
+            async with _reached(
+                cipher_dir, volume_file, daemon, mounted, keep=not was_locked, exclusive=exclusive
+            ) as reached:
+                return await work(reached)
 
-    try:
         return trio.run(run, restrict_keyboard_interrupt_to_checkpoints=True)
-    finally:
-        if unlocked_here:
-            with suppress(CryptfsError):
-                key_agent.lock(volume_id)
 
 
 def _seen_at(cipher_dir: Path, volume_id: bytes, daemon: mounts.Daemon | None) -> str | None:

@@ -18,6 +18,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from cryptfs import durable
 from cryptfs.errors import NotAVolume, StoreFailed, VolumeBusy
@@ -32,6 +33,16 @@ class VolumeEdit:
     def __init__(self, cipher_dir: Path, data: bytes) -> None:
         self.cipher_dir = cipher_dir
         self.data = data
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, cipher_dir: Path) -> Iterator[Self]:
+        """Hold the file's lock. Raises `VolumeBusy` if another process edits it, and as `read_volume_file`."""
+        fd = _locked(cipher_dir)
+        try:
+            yield cls(cipher_dir, read_volume_file(cipher_dir))
+        finally:
+            os.close(fd)
 
     def replace(self, data: bytes) -> None:
         """Put other bytes in its place, durable when this returns. Raises `StoreFailed`; then it is as it was.
@@ -66,16 +77,6 @@ class VolumeEdit:
             durable.destroy(path, len(self.data))
         except OSError as error:
             raise StoreFailed(f"{path} cannot be destroyed: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def editing(cipher_dir: Path) -> Iterator[VolumeEdit]:
-    """Hold the `volume` file's lock. Raises `VolumeBusy` if another process edits it, and as `read_volume_file`."""
-    fd = _locked(cipher_dir)
-    try:
-        yield VolumeEdit(cipher_dir, read_volume_file(cipher_dir))
-    finally:
-        os.close(fd)
 
 
 def _locked(cipher_dir: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cryptfs.format.volume import parse_volume
-from cryptfs.ops.volume_file import editing
+from cryptfs.ops.volume_file import VolumeEdit
 from tests.cli.conftest import DEFAULT_POLICY, PASSPHRASE, Cryptfs
 
 
@@ -92,7 +92,7 @@ def test_what_was_replaced_and_never_committed_is_made_good_by_asking_again(cryp
 
 def test_two_who_change_it_at_once(cryptfs: Cryptfs, vault: Path) -> None:
     before = (vault / "volume").read_bytes()
-    with editing(vault):
+    with VolumeEdit.of(vault):
         ended = cryptfs.run("policy", vault, "--max-uses", "7", code=14, passphrase=PASSPHRASE)
         assert "another process" in ended.stderr
         assert policy(cryptfs, vault)["set"] == [], "looking is allowed"

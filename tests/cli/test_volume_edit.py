@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -17,18 +16,16 @@ from cryptfs.cli.passphrase import NEW_PASSPHRASE, NEW_PIN, Sources
 from cryptfs.cli.volume_edit import Edit
 from cryptfs.errors import AgentUnavailable, StoreFailed
 from cryptfs.keys.agent_client import AgentClient
-from cryptfs.ops.volume_file import VolumeEdit
 from tests.cli.conftest import PASSPHRASE, Cryptfs
 
 NEW = b"the new file"
 
 
-class Replacing:
+class Replacing(Edit):
     """A held `volume` file whose replacement fails where it is told."""
 
     def __init__(self, cipher_dir: Path, fails: str) -> None:
-        self.cipher_dir = cipher_dir
-        self.data = (cipher_dir / "volume").read_bytes()
+        super().__init__(cipher_dir, (cipher_dir / "volume").read_bytes())
         self._fails = fails
 
     def replace(self, data: bytes) -> None:
@@ -55,7 +52,7 @@ def test_a_protector_is_kept_exactly_if_the_new_file_is_in_its_place(
 
     monkeypatch.setattr("cryptfs.cli.key_agent.ask", ask)
     calls: list[str] = []
-    edit = Edit(cast("VolumeEdit", Replacing(vault, fails)))
+    edit = Replacing(vault, fails)
 
     async def make(_client: AgentClient, _data: bytes) -> bytes:
         return NEW

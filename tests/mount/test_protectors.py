@@ -14,7 +14,7 @@ from cryptfs.cli.mounts import wait_until
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import open_agent
 from cryptfs.keys.edit_requests import commit, set_policy
-from cryptfs.ops.volume_file import editing
+from cryptfs.ops.volume_file import VolumeEdit
 from scripts import reference_decrypt as reference
 from tests.mount.box import Box
 from tests.mount.memory import found_in
@@ -41,7 +41,7 @@ def set_reverify(box: Box, seconds: int) -> None:
     """The volume must be unlocked."""
 
     async def change() -> None:
-        with editing(box.vault) as edit:
+        with VolumeEdit.of(box.vault) as edit:
             volume_id = parse_volume(edit.data).volume_id
             async with open_agent(str(box.agent_socket)) as client:
                 edit.replace(await set_policy(client, volume_id, edit.data, {"reverify_s": seconds}))

@@ -13,7 +13,7 @@ import pytest
 
 from cryptfs.errors import NotAVolume, StoreFailed, VolumeBusy
 from cryptfs.ops import volume_file
-from cryptfs.ops.volume_file import editing
+from cryptfs.ops.volume_file import VolumeEdit
 
 OLD, NEW = b"old" * 100, b"new" * 200
 
@@ -31,7 +31,7 @@ def names(vault: Path) -> set[str]:
 
 def test_a_new_file_in_the_old_ones_place(vault: Path) -> None:
     (vault / "volume.new").write_bytes(b"what a crash left")
-    with editing(vault) as edit:
+    with VolumeEdit.of(vault) as edit:
         assert edit.data == OLD
         edit.replace(NEW)
         assert edit.data == NEW
@@ -41,11 +41,11 @@ def test_a_new_file_in_the_old_ones_place(vault: Path) -> None:
 
 
 def test_no_second_editor(vault: Path) -> None:
-    with editing(vault) as edit:
-        with pytest.raises(VolumeBusy), editing(vault):
+    with VolumeEdit.of(vault) as edit:
+        with pytest.raises(VolumeBusy), VolumeEdit.of(vault):
             pass
         edit.replace(NEW)
-    with editing(vault) as edit:
+    with VolumeEdit.of(vault) as edit:
         assert edit.data == NEW
 
 
@@ -65,16 +65,16 @@ def test_the_file_that_was_put_in_its_place_is_the_one_that_is_locked(
         return fd
 
     monkeypatch.setattr(os, "open", open_then_replaced)
-    with editing(vault) as edit:
+    with VolumeEdit.of(vault) as edit:
         assert edit.data == NEW
         monkeypatch.undo()
-        with pytest.raises(VolumeBusy), editing(vault):
+        with pytest.raises(VolumeBusy), VolumeEdit.of(vault):
             pass
 
 
 @pytest.mark.parametrize("step", ["fsync", "rename", "open"])
 def test_a_failing_disk_leaves_the_old_file(vault: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    with editing(vault) as edit:
+    with VolumeEdit.of(vault) as edit:
         real: Callable[..., object] = getattr(os, step)
 
         def failing(*args: object, **more: object) -> object:
@@ -94,14 +94,14 @@ def test_a_failing_disk_leaves_the_old_file(vault: Path, monkeypatch: pytest.Mon
 KILLED = """
 import os, sys
 from pathlib import Path
-from cryptfs.ops.volume_file import editing
+from cryptfs.ops.volume_file import VolumeEdit
 step = sys.argv[2]
 real = getattr(os, step)
 def last(*args, **more):
     if sys.argv[3] == "after":
         real(*args, **more)
     os._exit(9)
-with editing(Path(sys.argv[1])) as edit:
+with VolumeEdit.of(Path(sys.argv[1])) as edit:
     setattr(os, step, last)
     edit.replace(b"new" * 200)
 """
@@ -114,7 +114,7 @@ with editing(Path(sys.argv[1])) as edit:
 def test_killed_between_any_two_calls(vault: Path, step: str, when: str, left: bytes) -> None:
     assert subprocess.run([sys.executable, "-c", KILLED, str(vault), step, when], check=False).returncode == 9
     assert (vault / "volume").read_bytes() == left
-    with editing(vault) as edit:
+    with VolumeEdit.of(vault) as edit:
         edit.replace(NEW)
     assert (vault / "volume").read_bytes() == NEW
     assert names(vault) == {"volume"}
@@ -122,13 +122,13 @@ def test_killed_between_any_two_calls(vault: Path, step: str, when: str, left: b
 
 def test_destroyed(vault: Path) -> None:
     os.link(vault / "volume", vault / "other name")
-    with editing(vault) as edit:
+    with VolumeEdit.of(vault) as edit:
         edit.overwrite()
     assert names(vault) == {"other name"}
     assert (vault / "other name").read_bytes() == bytes(len(OLD))
 
 
 def test_no_volume(tmp_path: Path) -> None:
-    with pytest.raises(NotAVolume), editing(tmp_path):
+    with pytest.raises(NotAVolume), VolumeEdit.of(tmp_path):
         pass
     assert volume_file.FRESH not in names(tmp_path)
