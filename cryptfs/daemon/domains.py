@@ -20,6 +20,7 @@ import trio
 from cryptfs.daemon.args import DaemonArgs
 from cryptfs.daemon.keyed import Keyed
 from cryptfs.errors import CryptfsError, Damaged, NotAVolume, VolumeBusy, VolumeDamaged, VolumeLocked
+from cryptfs.fs.attributes import without_links
 from cryptfs.fs.directory import pinned
 from cryptfs.fs.domain import (
     MISSING,
@@ -32,7 +33,6 @@ from cryptfs.fs.domain import (
     root_stat,
     show_at_place,
 )
-from cryptfs.fs.files import without_links
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.reaper import remove_tree
 from cryptfs.fs.volume import Volume, open_volume

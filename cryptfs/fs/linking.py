@@ -15,8 +15,8 @@ from __future__ import annotations
 import errno
 
 from cryptfs.format.dirlog import Entry
+from cryptfs.fs.attributes import Attr
 from cryptfs.fs.directory import DirNode, pinned
-from cryptfs.fs.files import Attr
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.looking import check_name, os_error
 from cryptfs.fs.removing import Removing

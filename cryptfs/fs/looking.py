@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from cryptfs.errors import Damaged, VolumeLocked
 from cryptfs.format.dirlog import Entry
+from cryptfs.fs.attributes import Attr, kind_of
 from cryptfs.fs.context import FsContext, log
 from cryptfs.fs.directory import DirNode, pinned
-from cryptfs.fs.files import Attr, Files, kind_of
+from cryptfs.fs.files import Files
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.names import NAME_MAX_BYTES, tree_name
 

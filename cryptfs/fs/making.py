@@ -22,11 +22,12 @@ from dataclasses import dataclass, replace
 from cryptfs.format.datafile import DataHeader
 from cryptfs.format.dirlog import Entry
 from cryptfs.fs.attr_log import make_attr_log
+from cryptfs.fs.attributes import Attr
 from cryptfs.fs.changing import Changing
 from cryptfs.fs.context import FsContext, write_all
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
-from cryptfs.fs.files import Attr, Files
+from cryptfs.fs.files import Files
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.looking import check_name, os_error
 from cryptfs.fs.reaper import Reaper

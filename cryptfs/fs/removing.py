@@ -14,10 +14,11 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 
 from cryptfs.format.dirlog import Entry
+from cryptfs.fs.attributes import without_links
 from cryptfs.fs.changing import Changing
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.directory import DirNode, pinned
-from cryptfs.fs.files import Files, without_links
+from cryptfs.fs.files import Files
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.looking import check_not_place, os_error
 from cryptfs.fs.reaper import Reaper

@@ -24,9 +24,10 @@ from cryptfs.format.sidecar import Sealed
 from cryptfs.format.xattrs import NAME_MAX_BYTES, SET_MAX_BYTES, VALUE_MAX_BYTES, decode_xattrs, encode_xattrs
 from cryptfs.fs import acl
 from cryptfs.fs.attr_log import find_attr_log, is_under, rotate_attr_log, write_xattrs
+from cryptfs.fs.attributes import Changes
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.directory import pinned
-from cryptfs.fs.files import Changes, Files
+from cryptfs.fs.files import Files
 from cryptfs.fs.history import XATTRS_LOST
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.ports import KeyRun

@@ -16,7 +16,7 @@ from pyfuse3 import EntryAttributes, FileInfo, StatvfsData
 
 from cryptfs.errors import AgentUnavailable, VolumeLocked
 from cryptfs.format.dirlog import Entry
-from cryptfs.fs.files import Attr, Changes
+from cryptfs.fs.attributes import Attr, Changes
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.making import Owner
 from cryptfs.fs.volume import Volume

@@ -17,8 +17,8 @@ from cryptfs.blocks.extents import DURABLE, Extent, ExtentMap
 from cryptfs.errors import Damaged
 from cryptfs.format.log import HEAD_BYTES, HEAD_MAGIC, HEADER_BYTES, KIND_FILE, SNAPSHOT, Head, decode_head
 from cryptfs.format.sidecar import Sealed, decode_sidecar
+from cryptfs.fs.attributes import Changes
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
-from cryptfs.fs.files import Changes
 from cryptfs.fs.history import POISON, build_map, xattrs_after
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.making import Owner

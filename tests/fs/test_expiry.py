@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from cryptfs.fs import acl
-from cryptfs.fs.files import Changes
+from cryptfs.fs.attributes import Changes
 from cryptfs.fs.newborn import kit_for
 from cryptfs.fs.rotation import Rotation
 from cryptfs.keys.cache import KeyCache

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from cryptfs.fs.files import Changes
+from cryptfs.fs.attributes import Changes
 from cryptfs.fs.making import Owner
 from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cryptfs.types import Kind

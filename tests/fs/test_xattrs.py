@@ -12,7 +12,7 @@ import pytest
 
 from cryptfs.format.xattrs import VALUE_MAX_BYTES
 from cryptfs.fs import acl
-from cryptfs.fs.files import Changes
+from cryptfs.fs.attributes import Changes
 from cryptfs.store.local import LocalStore
 from cryptfs.testing.freshness import FakeRecord
 from tests.fs.tree import Tree, damage_of, errno_of

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cryptfs.errors import Damaged
+from cryptfs.fs.attributes import Attr, Changes
 from cryptfs.fs.file import FileNode
-from cryptfs.fs.files import Attr, Changes
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.making import Owner
 from cryptfs.fs.volume import Volume
