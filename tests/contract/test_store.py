@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -16,22 +16,11 @@ from cryptfs.ports import RENAME_EXCHANGE, RENAME_NOREPLACE, Store
 from cryptfs.store import local
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore
+from tests.stores import no_umask, store
+
+__all__ = ["no_umask", "store"]
 
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
-
-
-@pytest.fixture(autouse=True)
-def _no_umask() -> Iterator[None]:
-    before = os.umask(0)
-    yield
-    os.umask(before)
-
-
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalStore | MemoryStore]:
-    made = LocalStore(tmp_path) if request.param == "local" else MemoryStore()
-    yield made
-    made.close_store()
 
 
 def make_file(store: Store, name: bytes, content: bytes = b"", dir_fd: int | None = None) -> None:

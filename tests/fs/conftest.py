@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,20 +10,9 @@ import pytest
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore
 from tests.fs.tree import Tree
+from tests.stores import no_umask, store
 
-
-@pytest.fixture(autouse=True)
-def _no_umask() -> Iterator[None]:
-    before = os.umask(0)
-    yield
-    os.umask(before)
-
-
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalStore | MemoryStore]:
-    made = LocalStore(tmp_path) if request.param == "local" else MemoryStore()
-    yield made
-    made.close_store()
+__all__ = ["no_umask", "store"]
 
 
 @pytest.fixture

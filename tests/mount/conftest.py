@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.box import Box, boxed
+from tests.mount.domains import CONTENT, create
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +58,14 @@ def mounted(box: Box) -> Box:
     """A volume of the test's own, mounted."""
     box.mount()
     return box
+
+
+@pytest.fixture
+def pay(mounted: Box) -> Path:
+    """A domain, unlocked, beside a file of the volume."""
+    (mounted.clear / "plain").write_bytes(CONTENT)
+    create(mounted, mounted.clear / "pay")
+    return mounted.clear / "pay"
 
 
 @pytest.fixture
