@@ -1,9 +1,11 @@
-"""How much slower reading and writing are while everything is rewritten under another KEK: ratios of medians.
+"""How fast everything is rewritten under another KEK, and how much slower reading and writing are meanwhile.
 
-    python -m scripts.measure_rotation [--rounds 7] [--files 3000] [--disk DIR]
+    python -m scripts.measure_rotation [--rounds 7] [--files 3000] [--alone 3] [--disk DIR]
 
-One mount; in each round everything is measured twice, in turns: with the rotation at work and with it cancelled. So
-what else the machine does falls on both. Prints a JSON object: seconds (medians), their ratio, and the load.
+One mount. First whole rotations with nobody else there (`--alone` of them): logs per second. Then rounds in which
+everything is measured twice, in turns: with the rotation at work and with it cancelled. So what else the machine does
+falls on both. Prints a JSON object: seconds (medians), their ratio, logs rewritten per second beside all of it, and
+the load.
 """
 
 from __future__ import annotations
@@ -70,6 +72,12 @@ class Volume:
             self.run("rotate", self.vault, "--destroy-old")
             self.rotating()
 
+    def alone(self) -> float:
+        """A whole rotation of a mount that nobody uses: logs per second."""
+        began = time.monotonic()
+        self.run("rotate", self.vault, "--kek", "--destroy-old")
+        return float(str(self.status()["done"])) / (time.monotonic() - began)
+
     def quiet(self) -> None:
         """Have it cancelled, or at its end."""
         self.run("rotate", self.vault, "--cancel")
@@ -126,15 +134,25 @@ def timed(work: Callable[[Path], None], top: Path) -> float:
 
 def measure(volume: Volume, rounds: int) -> dict[str, object]:
     """Medians and ratios, by kind of work."""
+    done, beside_s = 0, 0.0
     found: dict[bool, dict[str, list[float]]] = {at: {work.__name__: [] for work in WORK} for at in (True, False)}
     load = [os.getloadavg()[0]]
     for number in range(rounds):
         for at_work in (True, False) if number % 2 else (False, True):
             volume.rotating() if at_work else volume.quiet()
-            for work in WORK:
-                found[at_work][work.__name__].append(timed(work, volume.clear))
+            before = volume.status()
+            took = [timed(work, volume.clear) for work in WORK]
+            after = volume.status()
+            if at_work and after["state"] != "running":
+                raise RuntimeError("the rotation came to its end during the measurement: --files is too small")
+            for work, took_s in zip(WORK, took, strict=True):
+                found[at_work][work.__name__].append(took_s)
+            if at_work:
+                done += int(str(after["done"])) - int(str(before["done"]))
+                beside_s += sum(took)
         load.append(os.getloadavg()[0])
     out: dict[str, object] = {"rounds": rounds, "load": [round(min(load), 1), round(max(load), 1)]}
+    out["logs_per_s_beside"] = round(done / beside_s, 1)
     for work in WORK:
         rotating, quiet = (statistics.median(found[at][work.__name__]) for at in (True, False))
         out[work.__name__] = {
@@ -148,6 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--files", type=int, default=3000, help="to be rewritten")
+    parser.add_argument("--alone", type=int, default=3, help="rotations with nobody else there")
     parser.add_argument("--disk", type=Path, help="where to make the volume")
     args = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="cfs-", dir=args.disk))
@@ -160,8 +179,12 @@ def main() -> int:
             for number in range(args.files):
                 (volume.clear / "small" / str(number)).write_bytes(os.urandom(5000))
             (volume.clear / "large").write_bytes(os.urandom(LARGE_BYTES))
-            volume.run("rotate", volume.vault, "--kek", "--background")
-            sys.stdout.write(json.dumps(measure(volume, args.rounds), indent=2) + "\n")
+            alone = sorted(volume.alone() for _ in range(args.alone))
+            out: dict[str, object] = {"logs_per_s_alone": [round(each, 1) for each in alone]}
+            if args.rounds:
+                volume.run("rotate", volume.vault, "--kek", "--background")
+                out |= measure(volume, args.rounds)
+            sys.stdout.write(json.dumps(out, indent=2) + "\n")
         finally:
             volume.run("umount", volume.clear)
     finally:

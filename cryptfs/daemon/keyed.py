@@ -47,7 +47,7 @@ class Keyed:
 
     def serve_volume(self, volume: Volume, forgetting: Forgetting) -> None:
         """Start the volume's background work, rotations among it, and its locking."""
-        rotating = Rotating(self.link, volume)
+        rotating = Rotating(self.link, volume, self.gate.traffic)
         self.heard.append(rotating.on_event)
         self._nursery.start_soon(volume.serve, rotating.serve)
         self._nursery.start_soon(self.locking.serve, self.link, self.keys, volume, forgetting)

@@ -17,8 +17,10 @@ import trio
 from cryptfs.errors import AgentUnavailable, CryptfsError, VolumeDamaged, VolumeLocked
 from cryptfs.format.volume import Volume as VolumeFile
 from cryptfs.format.volume import parse_volume
+from cryptfs.fs.pace import Pace
 from cryptfs.fs.rotation import Rotation
 from cryptfs.fs.volume import Volume
+from cryptfs.fuse.gate import Traffic
 from cryptfs.keys.link import AgentLink
 from cryptfs.keys.rotation_requests import IDS_MAX, Report
 
@@ -26,6 +28,10 @@ log = logging.getLogger("cryptfs")
 
 SHARE = 0.1
 """Of the time. What programs do is to take at most a quarter longer: at 0.2 each synced write took half longer."""
+WORKERS = 8
+"""Logs at a time while nobody uses the mount."""
+QUIET_S = 0.5
+"""So long after the last request nobody does."""
 REPORT_S = 1.0
 RETRY_S = 5.0
 """How often it is tried again while there are no keys to be had."""
@@ -34,10 +40,28 @@ _EVENTS = frozenset({"changed", "rotate-start", "rotate-cancel", "unlocked", "ba
 """What the agent pushes that may mean work, or its end."""
 
 
+class Quiet:
+    """Whether nobody uses a mount, which is found out by asking often."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._seen = -1
+        self._since_s = 0.0
+
+    def lasts(self) -> bool:
+        """Whether the last request was answered `QUIET_S` ago, or earlier, and none was seen since."""
+        now_s, begun = trio.current_time(), self._traffic.begun
+        if begun != self._seen or begun != self._traffic.answered:
+            self._seen, self._since_s = begun, now_s
+        return now_s - self._since_s >= QUIET_S
+
+
 class Rotating:
     """One per mount. `on_event` gets what the agent pushes; `serve` runs beside the volume's other work."""
 
-    def __init__(self, link: AgentLink, volume: Volume) -> None:
+    def __init__(self, link: AgentLink, volume: Volume, traffic: Traffic) -> None:
+        """`traffic`: the mount's, which what is rewritten must not slow down."""
+        self._pace = Pace(SHARE, WORKERS, Quiet(traffic).lasts)
         self._link = link
         self._volume = volume
         self._wake = trio.Event()
@@ -84,7 +108,7 @@ class Rotating:
             await self._say(Report(now.kek_version, "stopped", message="the volume is mounted read-only"))
             return
         if self._rotation is None or self._rotation.kek_version != now.kek_version:
-            self._rotation = Rotation(self._volume, now.kek_version, SHARE)
+            self._rotation = Rotation(self._volume, now.kek_version, self._pace)
         if self._cancelled:
             await self._say(_report(self._rotation, "cancelled"))
         else:

@@ -123,6 +123,9 @@ async def write_xattrs(ctx: FsContext, log_id: bytes, known: AttrLog | None, xat
         ctx.freshness.wrote(log_id, generation)
         with ctx.freshness.doubted_on_failure(log_id):
             await ctx.in_thread(ctx.store.fdatasync, fd)
+            if log_id in ctx.renamed_logs:
+                await ctx.in_thread(ctx.store.fsync, where)
+                ctx.renamed_logs.pop(log_id, None)
             live = sum(len(each.sealed) for each in (known.target, xattrs) if each is not None)
             if log.end > _COMPACT_MIN_BYTES + 4 * live:
                 generation = ctx.next_generation()
@@ -143,7 +146,7 @@ def is_under(known: AttrLog, kek_version: int) -> bool:
 
 
 async def rotate_attr_log(ctx: FsContext, log_id: bytes, known: AttrLog, kek_version: int) -> Sealed | None:
-    """Rewrite it under the newest KEK, at least `kek_version`, with a new MAC key: durable when this returns.
+    """Rewrite it under the newest KEK, at least `kek_version`, with a new MAC key; see `Journal.rotate` for durability.
 
     The xattr set as it is now. Raises OSError, key errors. The caller lets nobody else change this log meanwhile.
     """
@@ -163,13 +166,11 @@ async def rotate_attr_log(ctx: FsContext, log_id: bytes, known: AttrLog, kek_ver
     log = SealedLog.resume(open_ours(ctx.store, where, name, os.O_RDONLY), known.replayed, known.keep)
     try:
         log = await ctx.in_thread(log.rewrite, ctx.store, where, name, key, header, snapshot, word)
+        ctx.renamed_logs[log_id] = word.generation
         ctx.freshness.wrote(log_id, word.generation)
-        with ctx.freshness.doubted_on_failure(log_id):
-            await ctx.in_thread(ctx.store.fsync, where)
     finally:
         key[:] = bytes(len(key))
         ctx.store.close(log.fd)
-    ctx.freshness.durable(log_id, word.generation)
     return xattrs
 
 

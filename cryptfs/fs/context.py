@@ -63,6 +63,13 @@ class FsContext:
         """Starts a background task; None while nobody serves the volume."""
         self.sidecar_writes = 0
         """Counts every write to a sidecar: whoever reads one on a thread sees whether it may be old."""
+        self.synced_gen = 0
+        """What was written up to this generation is durable, since all of the file system was synced after it."""
+        self.renamed_logs: dict[bytes, int] = {}
+        """Sidecars that were replaced by a rename which no sync made durable yet, and the generation they ended at.
+
+        A crash may bring the old one back: nothing that only the new one says may count as durable before.
+        """
         self._slots: list[Slots] = []
         self._buffers: list[memoryview] = []
         self._dirs: dict[bytes, int] = {}
@@ -206,11 +213,21 @@ class FsContext:
 
     async def sync_everything(self) -> None:
         """syncfs(2). Raises OSError; from then on no sync of what was written before proves anything (`resync`)."""
+        renamed, doubts = dict(self.renamed_logs), self.doubts
+        # A generation is taken and its frame written in one stretch, but for logs that are replaced, which see to it.
+        newest = self.state.epoch << EPOCH_SHIFT | self._counter if self.state is not None else 0
         try:
             await self.in_thread(self.store.syncfs, self.store.root())
         except OSError:
             self.doubts += 1
             raise
+        if self.doubts != doubts:
+            return  # Another one failed meanwhile: it may have been about these.
+        self.synced_gen = max(self.synced_gen, newest)
+        for log_id, generation in renamed.items():
+            # One that was replaced once more during the sync goes on waiting.
+            if self.renamed_logs.get(log_id) == generation:
+                del self.renamed_logs[log_id]
 
     def dir_fd(self, *names: bytes) -> int:
         """A descriptor of one of the volume's own directories (`tree`, `sidecars/ab`, `tmp`), kept open."""

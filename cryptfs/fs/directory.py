@@ -366,8 +366,9 @@ class DirNode:
     async def rotate(self, kek_version: int, prepare: Callable[[DirNode], Awaitable[None]]) -> None:
         """Rewrite the log under the newest KEK, at least `kek_version`, with a new MAC key; nothing to do if it is.
 
-        `prepare` as for `compact`. Raises OSError, key errors; then the log is as it was, or, if only the last sync
-        failed, the new one.
+        `prepare` as for `compact`. The new log is on disk; that it has the name is not durable before the directory's
+        next sync. It need not be: what comes into the tree later does not outlast a crash without it. Raises OSError,
+        key errors; then the log is as it was.
         """
         self.pins += 1
         try:
@@ -388,7 +389,6 @@ class DirNode:
         word = Frame(self.ctx.next_generation(), self.durable_gen, len(self.entries), DirPayload().encode())
         await self._replace(key, header, snapshot, word)
         self.xattrs = xattrs
-        await self._replaced()
 
     def close_log(self) -> None:
         """Close the log's descriptor."""

@@ -244,7 +244,8 @@ class Journal:
             self._distrusted = True
             state.meta_unsynced = state.meta_unsynced or not data_only
             raise
-        state.data_unsynced = state.twin_unsynced = state.twin_new = self._sidecar_new = False
+        state.data_unsynced = state.twin_unsynced = state.twin_new = False
+        self._named()
         if self.log is not None:
             self.log.unsynced = False
         if not self.entry_durable:
@@ -255,6 +256,11 @@ class Journal:
             except BaseException:
                 self.entry_durable = False
                 raise
+
+    def _named(self) -> None:
+        """The log's directory was synced: the log has its name for good. No replacing comes between, see `_syncing`."""
+        self._sidecar_new = False
+        self.ctx.renamed_logs.pop(self.state.file_id, None)
 
     def _settled(self) -> None:
         """All of the file is durable as it is now; what stood aside is dead."""
@@ -346,6 +352,7 @@ class Journal:
         # From here on the log is the new one, whatever becomes of the sync.
         self._last_gen = frames[-1].generation
         self._sidecar_new = True
+        ctx.renamed_logs[state.file_id] = self._last_gen
 
     async def _replaced(self) -> None:
         """After `_replace`: make it durable that the new log has the name. Raises OSError."""
@@ -353,7 +360,7 @@ class Journal:
         where, generation = ctx.sidecar_dir(state.file_id), self._last_gen
         with ctx.freshness.doubted_on_failure(state.file_id):
             await ctx.in_thread(ctx.store.fsync, where)
-        self._sidecar_new = False
+        self._named()
         self.durable_gen = generation
         ctx.freshness.durable(state.file_id, generation)
 
@@ -368,6 +375,8 @@ class Journal:
     async def rotate(self, kek_version: int, pause: Callable[[], Awaitable[None]]) -> None:
         """Rewrite the log under the newest KEK, at least `kek_version`, with a new MAC key; nothing to do if it is.
 
+        The new log is on disk before it takes the old one's name; that it has it is durable with the file's next fsync
+        or the next sync of everything (`FsContext.renamed_logs`), and both say the same until then.
         `pause` is awaited between requests to the agent, without a lock. Raises as `fsync` does; `Damaged` for a file
         of which something is lost: a snapshot would make it forgotten, so such a log stays as it is.
         """
@@ -391,12 +400,18 @@ class Journal:
         state, ctx = self.state, self.ctx
         if self.xattrs is XATTRS_LOST or any(e.home == POISON for e in state.blocks):
             raise Damaged("frame", "a part of the file is lost with a damaged frame")
+        doubtful = self.sync_failed
         await self._all_said()
         # Mounting made durable what earlier epochs left: of a file that is as they left it nothing has to be synced.
         assert ctx.state is not None
-        if epoch_of(self._last_gen) == ctx.state.epoch or len(state.displaced) or state.cut_pending:
+        older = epoch_of(self._last_gen) < ctx.state.epoch
+        synced = older or self._last_gen <= ctx.synced_gen
+        if doubtful or not synced or len(state.displaced) or state.cut_pending:
             state.restore_mtime()
             await self._sync(data_only=True)
+            self._settled()
+        elif not older:
+            # A sync of everything was as good as the file's own. What the snapshot names may not be overwritten.
             self._settled()
         while portion := next(anew.portions(state.blocks, ctx.config.block_size), None):
             await anew.blocks(portion)
@@ -418,23 +433,22 @@ class Journal:
             old.take_wraps(new)
         self.xattrs = self._framed_xattrs = xattrs
         self._owes_word = False
-        await self._replaced()
 
     # opening ---------------------------------------------------------------------------------------------------
 
-    async def load(self) -> None:
-        """Find out what the file is: header, sidecar, block map.
+    async def load(self, *, to_read: bool = True) -> None:
+        """Find out what the file is: header, sidecar, block map. `to_read`: it will be read, get keys for that, too.
 
         Raises `Damaged`, OSError, key errors; may be tried again.
         """
         await self.state.lock.acquire_exclusive()
         try:
             if not self.loaded:
-                await self._load()
+                await self._load(to_read=to_read)
         finally:
             self.state.lock.release_exclusive()
 
-    async def _load(self) -> None:
+    async def _load(self, *, to_read: bool) -> None:
         ctx, state, store = self.ctx, self.state, self.ctx.store
         raw_header = store.pread(state.data_fd, HEADER_BYTES, 0)
         data_size = store.fstat(state.data_fd).st_size
@@ -465,7 +479,7 @@ class Journal:
             if log_header.kind != KIND_FILE or log_header.log_id != state.file_id:
                 raise Damaged("id-mismatch", "the sidecar is another file's")
             self.log_wrapped, self.kek_version = log_header.log_wrapped, log_header.kek_version
-            if ctx.keys.peek(self.log_wrapped) is None:
+            if to_read and ctx.keys.peek(self.log_wrapped) is None:
                 await self.owner.warm(parsed)
             log_key = await self.log_key()
             floor = ctx.freshness.floor(state.file_id)
@@ -523,7 +537,7 @@ class Journal:
         self.log = SealedLog.resume(fd, replayed, keep)
         # What an earlier incarnation of this opening made and appended may still be unsynced.
         self.log.unsynced = True
-        self._sidecar_new = not self.entry_durable
+        self._sidecar_new = not self.entry_durable or state.file_id in ctx.renamed_logs
         state.twin_new = state.twin_fd is not None and all(e.home != HOME_TWIN for e in blocks)
         self._last_gen = self._found_gen = replayed.heads[keep - 1].generation
         said = max(head.durable_up_to for head in replayed.heads[:keep])

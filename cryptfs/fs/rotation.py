@@ -22,6 +22,7 @@ import errno
 import os
 from collections.abc import Awaitable, Callable
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import trio
@@ -31,14 +32,17 @@ from cryptfs.format.dirlog import Entry
 from cryptfs.fs.context import log
 from cryptfs.fs.directory import DirNode, pinned
 from cryptfs.fs.inodes import Inode
-from cryptfs.fs.older import SIDECAR_DIRS, header_version, older, sidecar_ids
+from cryptfs.fs.older import SIDECAR_DIRS, older, sidecar_ids
+from cryptfs.fs.pace import Pace, Turn
 from cryptfs.fs.volume import Volume
 from cryptfs.types import Kind
 
 _PASSES = 3
 """Walks before what is left counts as left. The second one finds what was busy being made during the first."""
-_SKIPS = 64
-"""Entries looked at and passed over before other tasks get their turn."""
+_SKIPS = 1000
+"""Entries passed over before other tasks get their turn."""
+_DIRS_WALKED = 8
+"""Directories at a time, if there is nobody to disturb."""
 _DIRS_AT_ONCE, _SCAN_AT_ONCE = 16, 64
 _STOPS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE})
 """What is wrong with everything, not with one file."""
@@ -53,26 +57,11 @@ class Progress:
     failed: int
 
 
-class Pace:
-    """Keeps a task to a share of the time: after each piece of work it sleeps in proportion."""
-
-    def __init__(self, share: float) -> None:
-        """`share` of the time is worked, 0 < `share` <= 1."""
-        self.share = share
-        self._since_s = trio.current_time()
-
-    async def rest(self) -> None:
-        """After a piece of work. A checkpoint in any case."""
-        worked_s = trio.current_time() - self._since_s
-        await trio.sleep(worked_s * (1 / self.share - 1))
-        self._since_s = trio.current_time()
-
-
 class Rotation:
     """To KEK `kek_version` or a newer one. `run` it; cancelled or failed, it can be run again, here or elsewhere."""
 
-    def __init__(self, volume: Volume, kek_version: int, share: float = 1.0, workers: int = 1) -> None:
-        """`share` of the time is worked (`Pace`); `workers`: logs of one directory that are rewritten at a time."""
+    def __init__(self, volume: Volume, kek_version: int, pace: Pace | None = None) -> None:
+        """`pace`: without one, one log after the other without a rest."""
         self.kek_version = kek_version
         self.left: frozenset[bytes] = frozenset()
         """After `run`: ids of logs that need an older KEK. Empty: no older KEK is needed by anything."""
@@ -80,9 +69,8 @@ class Rotation:
         """Why a log could not be rewritten, by id."""
         self._volume = volume
         self._ctx = volume.ctx
-        self._share = share
-        self._workers = workers
-        self._pace = Pace(share)
+        self._pace = Pace() if pace is None else pace
+        self._doubts = 0
         self._done = 0
         self._expected = 0
         self._seen_dirs: set[bytes] = set()
@@ -90,7 +78,6 @@ class Rotation:
         """Some directory cannot be read: what is in it was not found."""
         self._arrivals: list[tuple[Inode, bytes]] = []
         self._met: set[bytes] = set()
-        self._skipped = 0
 
     @property
     def progress(self) -> Progress:
@@ -108,12 +95,15 @@ class Rotation:
         names = self._volume.names
         assert names.on_arrival is None, "one rotation at a time"
         names.on_arrival = self._arrived
-        self._pace = Pace(self._share)
+        self._doubts = self._ctx.doubts
         try:
             self._ctx.keys.renew(self.kek_version)
             await self._quiet()
-            self._expected = self._done + len(await self._scan(deep=False))
-            await self._everything(None)
+            # Once, so that what programs made and did not sync costs no syncs of its own.
+            await self._ctx.freshness.sync()
+            needing = await self._scan(deep=False)
+            self._expected = self._done + len(needing)
+            await self._everything(needing)
             await self._look_again()
         finally:
             names.on_arrival = None
@@ -133,6 +123,8 @@ class Rotation:
         else:
             needing = await self._scan(deep=True)
         await self._ctx.freshness.sync()
+        if self._ctx.doubts != self._doubts:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         # A sidecar that no name leads to is a crash's leaving. If some directory cannot be read, it may be a file's.
         named = needing - self._volume.reaper.dead if self._blind else needing & self._met
         self.left = frozenset(self.failures) | named
@@ -157,8 +149,8 @@ class Rotation:
             ids = await self._ctx.in_thread(sidecar_ids, self._ctx, range(first, first + _DIRS_AT_ONCE))
             for at in range(0, len(ids), _SCAN_AT_ONCE):
                 piece = ids[at : at + _SCAN_AT_ONCE]
-                found += await self._ctx.in_thread(self._older, piece, deep)
-                await self._pace.rest()
+                async with await self._pace.turn():
+                    found += await self._ctx.in_thread(self._older, piece, deep)
         return frozenset(found)
 
     def _older(self, ids: list[bytes], deep: bool) -> list[bytes]:  # noqa: FBT001 - a thread's call takes no keywords
@@ -166,8 +158,8 @@ class Rotation:
 
     # all there is ----------------------------------------------------------------------------------------------
 
-    async def _everything(self, wanted: AbstractSet[bytes] | None) -> None:
-        """What has a name, what got another one meanwhile, what is open. `wanted`: these ids and all directories."""
+    async def _everything(self, wanted: AbstractSet[bytes]) -> None:
+        """What has a name, what got another one meanwhile, what is open: of these ids; and all directories."""
         self._seen_dirs.clear()
         self._blind = False
         await self._walk(self._volume.root, wanted)
@@ -183,50 +175,70 @@ class Rotation:
             if not self._arrivals:
                 return
 
-    async def _walk(self, top: Inode, wanted: AbstractSet[bytes] | None) -> None:
-        todo = [self._hold(top)]
+    async def _walk(self, top: Inode, wanted: AbstractSet[bytes]) -> None:
+        """What is below a directory, and it itself: several directories at a time if there is nobody to disturb."""
+        todo, failed, at_work, ended = [self._hold(top)], list[Exception](), 0, trio.Event()
         try:
-            while todo:
-                inode = todo.pop()
-                try:
-                    await self._directory(inode, wanted, todo)
-                finally:
-                    self._let_go(inode)
+            async with trio.open_nursery() as nursery:
+
+                async def one(inode: Inode) -> None:
+                    nonlocal at_work
+                    try:
+                        await self._directory(inode, wanted, todo)
+                    except (OSError, CryptfsError) as error:
+                        failed.append(error)
+                        nursery.cancel_scope.cancel()
+                    finally:
+                        self._let_go(inode)
+                        at_work -= 1
+                        ended.set()
+
+                while todo or at_work:
+                    if todo and at_work < (_DIRS_WALKED if self._pace.hurries else 1):
+                        at_work += 1
+                        nursery.start_soon(one, todo.pop())
+                    else:
+                        ended = trio.Event()
+                        await ended.wait()
         finally:
             for inode in todo:
                 self._let_go(inode)
+        if failed:
+            raise failed[0]
 
-    async def _directory(self, inode: Inode, wanted: AbstractSet[bytes] | None, todo: list[Inode]) -> None:
+    async def _directory(self, inode: Inode, wanted: AbstractSet[bytes], todo: list[Inode]) -> None:
         """One directory's own log and what is in it, but for directories, which are added to `todo`."""
         if inode.log_id in self._seen_dirs:
             return
         self._seen_dirs.add(inode.log_id)
-        node = await self._opened(inode)
-        if node is None:
-            return
-        with pinned(node):
-            await self._try(inode.log_id, lambda: self._own_log(node), lambda: not node.removed)
+        with ExitStack() as kept:
+            async with await self._pace.turn():
+                node = await self._opened(inode)
+                if node is None:
+                    return
+                kept.enter_context(pinned(node))
+                await self._try(inode.log_id, lambda: self._own_log(node), lambda: not node.removed)
             await self._entries(inode, node, wanted, todo)
 
-    async def _entries(self, inode: Inode, node: DirNode, wanted: AbstractSet[bytes] | None, todo: list[Inode]) -> None:
+    async def _entries(self, inode: Inode, node: DirNode, wanted: AbstractSet[bytes], todo: list[Inode]) -> None:
         failed: list[Exception] = []
-        free = trio.Semaphore(self._workers)
         async with trio.open_nursery() as nursery:
 
-            async def one(entry: Entry) -> None:
+            async def one(entry: Entry, turn: Turn) -> None:
                 try:
-                    # What went elsewhere meanwhile has arrived there.
-                    if _is_in(node, entry):
-                        await self._entry(inode, node, entry, wanted, todo)
+                    async with turn:
+                        # What went elsewhere meanwhile has arrived there.
+                        if _is_in(node, entry):
+                            await self._entry(inode, node, entry, todo, turn)
                 except (OSError, CryptfsError) as error:
                     failed.append(error)
                     nursery.cancel_scope.cancel()
-                finally:
-                    free.release()
 
-            for entry in list(node.entries.values()):
-                await free.acquire()
-                nursery.start_soon(one, entry)
+            for number, entry in enumerate(list(node.entries.values())):
+                if self._is_to_do(entry, wanted):
+                    nursery.start_soon(one, entry, await self._pace.turn())
+                elif number % _SKIPS == 0:
+                    await trio.lowlevel.checkpoint()
         if failed:
             raise failed[0]
 
@@ -249,18 +261,20 @@ class Rotation:
             return False
         self._expected += 1
         await node.rotate(self.kek_version, self._volume.files.sync_targets)
-        await self._pace.rest()
         return True
 
-    async def _one_arrival(self, parent: Inode, log_id: bytes, wanted: AbstractSet[bytes] | None) -> None:
-        node = await self._opened(parent)
-        if node is None:
-            return
+    async def _one_arrival(self, parent: Inode, log_id: bytes, wanted: AbstractSet[bytes]) -> None:
         todo: list[Inode] = []
-        with pinned(node):
-            for entry in [e for e in node.entries.values() if e.log_id == log_id]:
-                await self._entry(parent, node, entry, wanted, todo)
-        for inode in todo:
+        async with await self._pace.turn() as turn:
+            node = await self._opened(parent)
+            if node is None:
+                return
+            with pinned(node):
+                for entry in [e for e in node.entries.values() if e.log_id == log_id]:
+                    if self._is_to_do(entry, wanted):
+                        await self._entry(parent, node, entry, todo, turn)
+        while todo:
+            inode = todo.pop()
             try:
                 await self._walk(inode, wanted)
             finally:
@@ -268,45 +282,34 @@ class Rotation:
 
     # one thing -------------------------------------------------------------------------------------------------
 
-    async def _entry(
-        self, parent: Inode, node: DirNode, entry: Entry, wanted: AbstractSet[bytes] | None, todo: list[Inode]
-    ) -> None:
-        log_id = entry.log_id
-        if wanted is not None and log_id in wanted:
-            self._met.add(log_id)
+    def _is_to_do(self, entry: Entry, wanted: AbstractSet[bytes]) -> bool:
+        """A directory where the walk was not yet; or a log that was found to need it."""
         if entry.kind == Kind.DIR:
-            if log_id not in self._seen_dirs:
-                before = len(todo)
-                await self._try(log_id, lambda: self._below(parent, node, entry, todo), lambda: _is_in(node, entry))
-                self._blind = self._blind or (len(todo) == before and log_id in self.failures)
-            return
-        if (wanted is not None and log_id not in wanted) or not self._needs_it(entry):
-            self._skipped += 1
-            if self._skipped % _SKIPS == 0:
-                await self._pace.rest()
-            return
-        await self._try(log_id, lambda: self._leaf(parent, node, entry), lambda: _is_in(node, entry))
-        await self._pace.rest()
-
-    def _needs_it(self, entry: Entry) -> bool:
-        """Whether a sidecar is there and its header names an older KEK. A file that is open is asked itself, later."""
-        try:
-            return header_version(self._ctx, entry.log_id) < self.kek_version
-        except FileNotFoundError:
-            # A new file, or a special one without xattrs: nothing is wrapped for it.
-            return False
-        except OSError:
+            return entry.log_id not in self._seen_dirs
+        if entry.log_id in wanted:
+            self._met.add(entry.log_id)
             return True
-
-    async def _below(self, parent: Inode, node: DirNode, entry: Entry, todo: list[Inode]) -> bool:
-        todo.append(self._hold((await self._volume.names.behind(parent, node, entry)).inode))
         return False
 
-    async def _leaf(self, parent: Inode, node: DirNode, entry: Entry) -> bool:
+    async def _entry(self, parent: Inode, node: DirNode, entry: Entry, todo: list[Inode], turn: Turn) -> None:
+        log_id = entry.log_id
+        if entry.kind != Kind.DIR:
+            await self._try(log_id, lambda: self._leaf(parent, node, entry, turn), lambda: _is_in(node, entry))
+            return
+        below: list[Inode] = []
+        await self._try(log_id, lambda: self._below(parent, node, entry, below), lambda: _is_in(node, entry))
+        self._blind = self._blind or (not below and log_id in self.failures)
+        todo += below
+
+    async def _below(self, parent: Inode, node: DirNode, entry: Entry, below: list[Inode]) -> bool:
+        below.append(self._hold((await self._volume.names.behind(parent, node, entry)).inode))
+        return False
+
+    async def _leaf(self, parent: Inode, node: DirNode, entry: Entry, turn: Turn) -> bool:
         inode = self._hold((await self._volume.names.behind(parent, node, entry)).inode)
         try:
             if entry.kind == Kind.FILE:
-                return await self._file(inode)
+                return await self._file(inode, turn)
             # Nobody has such a thing open, which would keep its sidecar from being deleted under our hands.
             async with self._volume.reaper.burying:
                 if not _is_in(node, entry):
@@ -316,15 +319,15 @@ class Rotation:
         finally:
             self._let_go(inode)
 
-    async def _file(self, inode: Inode) -> bool:
+    async def _file(self, inode: Inode, turn: Turn) -> bool:
         """Rewrite a file's log, opening the file if nobody has it open; whether there was anything to do."""
         file = await self._volume.files.open(inode)
         try:
             if not file.journal.loaded:
-                await file.journal.load()
+                await file.journal.load(to_read=False)
             if file.journal.is_under(self.kek_version):
                 return False
-            await file.journal.rotate(self.kek_version, self._pace.rest)
+            await file.journal.rotate(self.kek_version, turn.rest)
             return True
         finally:
             await self._volume.files.release(inode)
@@ -336,8 +339,8 @@ class Rotation:
             return
         if not file.journal.loaded and not file.unlinked:
             return  # It has a name, and its sidecar was looked at there.
-        await self._try(inode.log_id, lambda: self._file(inode), lambda: inode.file is not None)
-        await self._pace.rest()
+        async with await self._pace.turn() as turn:
+            await self._try(inode.log_id, lambda: self._file(inode, turn), lambda: inode.file is not None)
 
     async def _try(self, log_id: bytes, work: Callable[[], Awaitable[bool]], is_there: Callable[[], bool]) -> None:
         """Do it and count it. One that fails is left as it is; one that is not there any more is none."""

@@ -288,9 +288,9 @@ class Xattrs:
             await self.files.touch(inode)
 
     async def rotate(self, inode: Inode, kek_version: int) -> None:
-        """Have a symlink's or special file's sidecar, if there is one, be under this KEK or a newer one, durably.
+        """Have a symlink's or special file's sidecar, if there is one, be under this KEK or a newer one.
 
-        Raises `Damaged`, OSError, key errors.
+        When that is durable: see `Journal.rotate`. Raises `Damaged`, OSError, key errors.
         """
         async with self._changing:
             known = await find_attr_log(self.ctx, inode.log_id)

@@ -64,6 +64,8 @@ def _wrapped(handler: F, *, guarded: bool) -> F:
 
     @functools.wraps(handler)
     async def wrapper(self: Gated, *args: Any) -> Any:  # noqa: ANN401 - whatever the handler takes and gives
+        traffic = self.gate.traffic
+        traffic.begun += 1
         try:
             if guarded and self.gate.closed:
                 await self.gate.knock()
@@ -72,6 +74,8 @@ def _wrapped(handler: F, *, guarded: bool) -> F:
             raise
         except Exception as error:  # noqa: BLE001 - see to_errno
             code = to_errno(error, name, args[0] if args else "")
+        finally:
+            traffic.answered += 1
         # Raised here, outside the except clause: the cause may hold a frame with a key in it.
         raise pyfuse3.FUSEError(code)
 

@@ -12,6 +12,16 @@ NAMES_MAX_S = 3600.0
 """How long the kernel may believe a name if nothing asks for less."""
 
 
+class Traffic:
+    """Counts the requests of a mount: how many were begun and how many answered, since it began."""
+
+    __slots__ = ("answered", "begun")
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.answered = 0
+
+
 class Gate:
     """One per mount. Open until `close`; nothing here awaits but `knock` and `keys_back`.
 
@@ -19,12 +29,14 @@ class Gate:
     `entry_timeout_s`: how long the kernel may believe a name.
     """
 
-    __slots__ = ("_changed", "closed", "entry_timeout_s", "on_knock", "on_refused", "on_short", "refusing")
+    __slots__ = ("_changed", "closed", "entry_timeout_s", "on_knock", "on_refused", "on_short", "refusing", "traffic")
 
     def __init__(self) -> None:
         self.closed = False
         self.refusing = False
         self.entry_timeout_s = NAMES_MAX_S
+        self.traffic = Traffic()
+        """Of all gates of a mount the same."""
         self._changed = trio.Event()
         self.on_knock: Callable[[], Awaitable[None]] | None = None
         """Called before a request is refused: keys may be there again."""

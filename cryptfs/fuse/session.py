@@ -45,6 +45,7 @@ class FuseSession:
     ) -> None:
         self.open_files = OpenFiles()
         self._forced = None if forced_owner is None else Owner(*forced_owner)
+        self._traffic = gate.traffic
         self.routing = Routing(self.part(volume, gate))
         self._notifier: Notifier | None = None
         self._mountpoint = str(mountpoint)
@@ -67,6 +68,7 @@ class FuseSession:
 
     def part(self, volume: Volume, gate: Gate) -> Part:
         """One of this mount's volumes, for `Routing`."""
+        gate.traffic = self._traffic
         return Part(volume, gate, self.open_files, self._forced)
 
     def forgetting(self, volume: Volume, gate: Gate) -> Forgetting:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import trio
 
 from cryptfs.errors import StoreFailed
+from cryptfs.fs.pace import Pace
 from cryptfs.fs.rotation import Progress, Rotation
 from cryptfs.ops.offline import Access, open_to_repair, shut
 
@@ -24,7 +25,7 @@ async def rotate_offline(access: Access, kek_version: int, show: Callable[[Progr
     looking = await open_to_repair(access)
     clean = False
     try:
-        rotation = Rotation(looking.volume, kek_version, workers=WORKERS)
+        rotation = Rotation(looking.volume, kek_version, Pace(workers=WORKERS))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_shown, rotation, show)
             try:

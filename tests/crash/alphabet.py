@@ -22,7 +22,7 @@ OPS = parse_ops(
     "fsync a; fsync b; fsync d/c; fsync n; fsync d/n; fsync x; fsync m/n; fsync m/x; fdatasync a; fdatasync n; fsync L;"
     "fsyncdir /; fsyncdir d; fsyncdir e; fsyncdir m;"
     # what happens by itself
-    "compact a; compact d/c; compact n; compact /; compact d; settle; reap; rotate; remount"
+    "compact a; compact d/c; compact n; compact /; compact d; settle; reap; rotate; rewrite; remount"
 )
 
 

@@ -44,7 +44,8 @@ the middle of `UNSYNCED`."""
 AGAIN = parse_ops(
     "overwrite a; append a; cut a; create a; unlink a; rename b a; fsync a; fsync b; rename a d/c; rename d/c a;"
     "create n; mkdir m; rename a m/a; rename n a; fsync n; fsyncdir /; fsyncdir d; rmdir e; compact a; compact /;"
-    "settle; reap; rotate; remount; link a l; unlink d/c; create d/c; fsync d/c; rename m d/m; symlink t; unlink t"
+    "settle; reap; rotate; rewrite; remount; link a l; unlink d/c; create d/c; fsync d/c; rename m d/m; symlink t;"
+    "unlink t"
 )
 """What a survivor is used for, of which what is possible is done."""
 

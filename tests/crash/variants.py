@@ -17,6 +17,7 @@ from cryptfs.fs import epoch, volume
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.files import Files
+from cryptfs.fs.freshness import Freshness
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.journal import Journal
 from cryptfs.fs.namespace import Namespace
@@ -217,14 +218,14 @@ def compact_dirty() -> Iterator[None]:
 
 @contextmanager
 def rotate_dirty() -> Iterator[None]:
-    """The same when a log is rewritten under another KEK."""
+    """The same when a log is rewritten under another KEK, of what was written since everything was synced."""
     rotate = Journal._rotate
 
     async def unsynced(self: Journal, anew: Rewrapping) -> None:
         with mock.patch.object(self, "_sync", _nothing):
             await rotate(self, anew)
 
-    with patched((Journal, "_rotate", unsynced)):
+    with patched((Journal, "_rotate", unsynced), (Freshness, "sync", _nothing)):
         yield
 
 
@@ -243,6 +244,26 @@ def rotated_too_early() -> Iterator[None]:
 
     run = Rotation.run
     with patched((Rotation, "run", pretend)):
+        yield
+
+
+class Forgetful(dict[bytes, int]):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: bytes, value: int) -> None:
+        """See above."""
+
+
+@contextmanager
+def renames_forgotten() -> Iterator[None]:
+    """A rewritten log that was closed and opened again counts as having its name for good."""
+    begin = FsContext.__init__
+
+    def forgetful(self: FsContext, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.renamed_logs = Forgetful()
+
+    with patched((FsContext, "__init__", forgetful)):
         yield
 
 
@@ -279,7 +300,8 @@ VARIANTS = (
     Variant(compact_unsynced, "compact /"),
     Variant(compact_dirty, "hold; overwrite a; compact a"),
     Variant(compact_unsynced, "rotate"),
-    Variant(rotate_dirty, "hold; overwrite a; rotate"),
+    Variant(rotate_dirty, "hold; overwrite a; rewrite"),
     Variant(rotated_too_early, "rotate"),
+    Variant(renames_forgotten, "rewrite; overwrite a; fsync a"),
     Variant(unforgiving, "overwrite a"),
 )

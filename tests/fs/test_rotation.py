@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,9 @@ from cryptfs.format.log import HEADER_BYTES, decode_header
 from cryptfs.fs.context import sidecar_name, write_all
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.inodes import Inode
+from cryptfs.fs.pace import Pace, Turn
 from cryptfs.fs.rewrapping import KEYS_AT_ONCE
-from cryptfs.fs.rotation import Pace, Progress, Rotation
+from cryptfs.fs.rotation import Progress, Rotation
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.names import tree_name
@@ -108,7 +108,7 @@ def data_files(tree: Tree) -> dict[str, tuple[bytes, int]]:
 async def rotated(tree: Tree, *, check: bool = True, workers: int = 1) -> Rotation:
     """A new KEK, everything rewritten under it, the old one destroyed."""
     version = tree.sample.rotate()
-    rotation = Rotation(tree.volume, version, workers=workers)
+    rotation = Rotation(tree.volume, version, Pace(workers=workers))
     await rotation.run()
     if check:
         assert (rotation.left, rotation.failures) == (frozenset(), {})
@@ -317,11 +317,9 @@ async def test_what_moves_meanwhile_is_found(local_tree: Tree, monkeypatch: pyte
     await tree.remount()
     version = tree.sample.rotate()
     rotation = Rotation(tree.volume, version)
-    original, moved = rotation._entry, False
+    original, scan, moved = rotation._entry, rotation._scan, False
 
-    async def move_first(
-        parent: Inode, node: DirNode, entry: Entry, wanted: AbstractSet[bytes] | None, todo: list[Inode]
-    ) -> None:
+    async def move_first(parent: Inode, node: DirNode, entry: Entry, todo: list[Inode], turn: Turn) -> None:
         nonlocal moved
         if not moved and parent is not tree.volume.root and len(node.entries) == 21:
             # Everything in it goes to the root, which was the first.
@@ -329,10 +327,10 @@ async def test_what_moves_meanwhile_is_found(local_tree: Tree, monkeypatch: pyte
             for number in range(20):
                 await tree.rename(b"z/%d" % number, b"moved %d" % number)
             await tree.rename(b"z/sub", b"sub")
-        await original(parent, node, entry, wanted, todo)
+        await original(parent, node, entry, todo, turn)
 
     async def nothing(*, deep: bool) -> frozenset[bytes]:
-        return frozenset()
+        return frozenset() if deep else await scan(deep=False)
 
     monkeypatch.setattr(rotation, "_entry", move_first)
     # What looks once more is another test's.
@@ -591,16 +589,16 @@ async def test_cancelled_and_gone_on_with(tree: Tree, monkeypatch: pytest.Monkey
     files = await populate(tree)
     await tree.remount()
     version = tree.sample.rotate()
-    original, left, scopes = Pace.rest, 0, list[trio.CancelScope]()
+    original, left, scopes = Turn.rest, 0, list[trio.CancelScope]()
 
-    async def rest(self: Pace) -> None:
+    async def rest(self: Turn) -> None:
         nonlocal left
         left -= 1
         if not left:
             scopes[-1].cancel()
         await original(self)
 
-    monkeypatch.setattr(Pace, "rest", rest)
+    monkeypatch.setattr(Turn, "rest", rest)
     for least in range(1, 40, 4):
         left = least
         scopes.append(trio.CancelScope())
@@ -660,6 +658,6 @@ async def test_the_pace_keeps_its_share(autojump_clock: trio.testing.MockClock) 
     pace = Pace(0.25)
     started = trio.current_time()
     for _ in range(10):
-        await trio.sleep(1)
-        await pace.rest()
+        async with await pace.turn():
+            await trio.sleep(1)
     assert trio.current_time() - started == pytest.approx(40)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
+from cryptfs.fs.pace import Pace
 from cryptfs.fs.rotation import Rotation
 from cryptfs.store.local import LocalStore
 from cryptfs.testing.keys import FakeDekProvider
@@ -108,7 +109,7 @@ async def test_random_operations_while_everything_is_rewritten(local: LocalStore
     finished = trio.Event()
     for _ in range(2):
         finished = trio.Event()
-        rotation = Rotation(tree.volume, tree.sample.rotate(), share=0.7)
+        rotation = Rotation(tree.volume, tree.sample.rotate(), Pace(0.7))
 
         async def rotate(rotation: Rotation = rotation, finished: trio.Event = finished) -> None:
             await rotation.run()
