@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 @click.option("--background", is_flag=True, help="Do not wait: the mounted volume goes on by itself.")
 @click.option("--status", "look", is_flag=True, help="Show how far a rotation is.")
 @click.option("--cancel", is_flag=True, help="Stop rewriting, until the next `rotate` or mount.")
+@click.option(
+    "--keep",
+    metavar="NAME[=FILE]",
+    multiple=True,
+    help="Another protector that goes on opening the volume, with its secret in FILE, or asked for. May be repeated.",
+)
 @click.option("--drop-others", is_flag=True, help="Leave out protectors that are not given a secret, without asking.")
 @click.option(
     "--lose-what-failed", is_flag=True, help="With --destroy-old: also if some files need the old keys. They are lost."
@@ -42,6 +48,7 @@ def rotate(  # noqa: PLR0913 - one parameter per option
     background: bool,
     look: bool,
     cancel: bool,
+    keep: tuple[str, ...],
     drop_others: bool,
     lose_what_failed: bool,
     as_json: bool,
@@ -51,7 +58,7 @@ def rotate(  # noqa: PLR0913 - one parameter per option
 
     An old copy of the volume's keys opens nothing that is in the volume now, once the old key is destroyed.
     """
-    from cryptfs.cli import rotating
+    from cryptfs.cli import kept, rotating
     from cryptfs.ops.info import read_volume
 
     cipher_dir = located.cipher_dir_of(dir)
@@ -64,6 +71,9 @@ def rotate(  # noqa: PLR0913 - one parameter per option
         return 0
     if background:
         rotating.check_mounted(cipher_dir)
+    if keep and not kek:
+        raise UsageError("--keep goes with --kek")
+    others = kept.kept(read_volume(cipher_dir), keep)
     unfinished, wanted = kek and rotating.is_unfinished(cipher_dir), kek
     with rotating.unlocked(cipher_dir, given, secret_wanted=kek) as secret:
         if unfinished:
@@ -71,7 +81,7 @@ def rotate(  # noqa: PLR0913 - one parameter per option
             # If there was nothing left to do, it was finished, and this call is about another one.
             wanted = not background and rotating.rewrite(cipher_dir, given).did_nothing
         if wanted:
-            version = rotating.add_version(cipher_dir, secret, drop_others=drop_others)
+            version = rotating.add_version(cipher_dir, secret, others, drop_others=drop_others)
             ui.done(f"new keys are made under key version {version} from now on")
         if not older_versions(read_volume(cipher_dir)):
             ui.note("there is no older key")

@@ -25,8 +25,9 @@ from cryptfs.errors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cryptfs.cli.kept import Kept
     from cryptfs.cli.protectors import Choice, Given
-    from cryptfs.format.volume import Protector, Volume
+    from cryptfs.format.volume import Volume
     from cryptfs.keys.agent_client import AgentClient
     from cryptfs.keys.rotation_requests import Known
 
@@ -177,21 +178,23 @@ def _secret(cipher_dir: Path, volume: Volume, given: Given, *, unlock: bool) -> 
     return choice.tried(use)
 
 
-def add_version(cipher_dir: Path, secret: Secret | None, *, drop_others: bool) -> int:
+def add_version(cipher_dir: Path, secret: Secret | None, others: Sequence[Kept], *, drop_others: bool) -> int:
     """A new KEK version in the `volume` file, durable and in use when this returns; which one.
 
-    Every protector that is to open the volume from then on needs its secret once more; the others are left out. Raises
-    `WrongSecret`, `UsageError` (nobody agreed to leave the others out), `StoreFailed`, `VolumeBusy`.
+    Every protector that is to open the volume from then on needs its secret once more: that of `secret`, and `others`.
+    The rest is left out. Raises `WrongSecret`, `UsageError` (nobody agreed to leave the rest out), `StoreFailed`,
+    `VolumeBusy`.
     """
-    from cryptfs.cli import shred_secret
+    from cryptfs.cli import kept, shred_secret
     from cryptfs.cli.volume_edit import Edit
     from cryptfs.format.volume import parse_volume
     from cryptfs.keys.edit_requests import rotate_kek
 
     volume = _read(cipher_dir)
-    tries = [[each] for each in _first(volume, secret)] or [[]]
-    if secret is not None and len(tries) == 1 and not drop_others and secret.choice.is_prompt:
-        tries[0] += _more(volume, tries[0][0][0])
+    asking = secret is None or secret.choice.is_prompt
+    tries: list[kept.Carried] = [[]]
+    if secret is not None:
+        tries = kept.tries(volume, secret.choice, secret.value, others, ask=asking and not drop_others)
     shredding = shred_secret.read(volume)
 
     async def make(client: AgentClient, data: bytes) -> bytes:
@@ -203,10 +206,10 @@ def add_version(cipher_dir: Path, secret: Secret | None, *, drop_others: bool) -
             except WrongSecret:
                 if not tries:
                     raise
-        kept = {protector.protector_id for protector in parse_volume(new).protectors}
-        others = [protector for protector in volume.protectors if protector.protector_id not in kept]
-        if others:
-            _agree(others, asking=secret is None or secret.choice.is_prompt, drop_others=drop_others)
+        carried_over = {protector.protector_id for protector in parse_volume(new).protectors}
+        left_out = [protector for protector in volume.protectors if protector.protector_id not in carried_over]
+        if left_out:
+            kept.agree(left_out, asking=asking, drop_others=drop_others)
         return new
 
     with Edit.of(cipher_dir) as edit:
@@ -215,55 +218,6 @@ def add_version(cipher_dir: Path, secret: Secret | None, *, drop_others: bool) -
         except WrongSecret as failure:
             raise secret.choice.explained(failure) if secret is not None else failure from None
     return _read(cipher_dir).kek_version
-
-
-def _first(volume: Volume, secret: Secret | None) -> list[tuple[bytes, bytes]]:
-    """(protector id, secret): the one protector that was chosen, or all of its kind, of which one will open."""
-    if secret is None:
-        return []
-    if secret.choice.protector is not None:
-        return [(secret.choice.protector_id, secret.value)]
-    return [(p.protector_id, secret.value) for p in volume.protectors if p.kind == secret.choice.kind]
-
-
-def _more(volume: Volume, first: bytes) -> list[tuple[bytes, bytes]]:
-    """The other protectors that a person wants to keep, with their secrets."""
-    import click
-
-    from cryptfs.cli.keyfile import read_keyfile
-    from cryptfs.cli.passphrase import PIN, Sources
-    from cryptfs.cli.protectors import KEYFILE, Choice, Given
-
-    nothing = Given(Sources(), Sources(words=PIN))
-    out: list[tuple[bytes, bytes]] = []
-    for protector in volume.protectors:
-        if protector.protector_id == first:
-            continue
-        name = f"{protector.label!r} ({protector.kind})"
-        if not click.confirm(f"Shall {ui.printable(name)} go on opening the volume? It takes its secret", err=True):
-            continue
-        if protector.kind == KEYFILE:
-            secret = read_keyfile(Path(click.prompt("Its key file", err=True)))
-        else:
-            secret = Choice(protector.kind, protector, nothing).read()
-        out.append((protector.protector_id, secret))
-    return out
-
-
-def _agree(others: Sequence[Protector], *, asking: bool, drop_others: bool) -> None:
-    """Say who is left out. Raises `UsageError` if nobody wants that."""
-    import click
-
-    names = ui.printable(", ".join(f"{protector.label!r} ({protector.kind})" for protector in others))
-    if drop_others:
-        ui.note(f"left out, and no way into the volume any more: {names}")
-    elif not asking:
-        raise hinted(
-            UsageError(f"these protectors would be left out: {names}"),
-            "--drop-others agrees to that; `cryptfs protector add` makes new ones afterwards",
-        )
-    elif not click.confirm(f"Leave out {names}?", err=True):
-        raise UsageError("nothing was changed")
 
 
 def destroy_older(cipher_dir: Path) -> None:

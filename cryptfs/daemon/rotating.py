@@ -30,7 +30,7 @@ SHARE = 0.1
 """Of the time. What programs do is to take at most a quarter longer: at 0.2 each synced write took half longer."""
 WORKERS = 8
 """Logs at a time while nobody uses the mount."""
-QUIET_S = 0.5
+QUIET_S = 1.0
 """So long after the last request nobody does."""
 REPORT_S = 1.0
 RETRY_S = 5.0

@@ -86,3 +86,72 @@ def test_damage_keeps_the_old_key_until_it_is_given_up(cryptfs: Cryptfs, vault: 
     assert log.read_bytes() == raw
     ended = cryptfs.run("rotate", vault, "--destroy-old", "--lose-what-failed", passphrase=PASSPHRASE)
     assert shown(cryptfs, vault)["older_versions"] == []
+
+
+# several protectors -------------------------------------------------------------------------------------------------
+
+
+def of_four_kinds(cryptfs: Cryptfs, vault: Path) -> dict[str, Path]:
+    """The vault with three more protectors; where the secret of each is."""
+    files = {name: cryptfs.root / name for name in ("second", "stick", "paper")}
+    files["second"].write_bytes(b"another passphrase\n")
+    files["second"].chmod(0o600)
+    add = ("protector", "add", vault, "--label")
+    cryptfs.run(*add, "second", "--new-passfile", files["second"], "--kdf-cost", "low", passphrase=PASSPHRASE)
+    cryptfs.run(*add, "st=ick", "--new-keyfile", files["stick"], passphrase=PASSPHRASE)
+    cryptfs.run(*add, "paper", "--kind", "recovery", "--out", files["paper"], passphrase=PASSPHRASE)
+    return files
+
+
+def labels(cryptfs: Cryptfs, vault: Path) -> list[str]:
+    return [row["label"] for row in json.loads(cryptfs.run("protector", "list", vault, "--json").stdout)]
+
+
+def test_all_protectors_are_carried_over_without_a_terminal(cryptfs: Cryptfs, vault: Path) -> None:
+    files = of_four_kinds(cryptfs, vault)
+    keep = ("--keep", f"second={files['second']}", "--keep", f"st=ick={files['stick']}")
+    before = (vault / "volume").read_bytes()
+    said = cryptfs.run("rotate", vault, "--kek", *keep, passphrase=PASSPHRASE, code=2).stderr
+    assert "'paper' (recovery)" in said
+    assert "'second'" not in said
+    assert (vault / "volume").read_bytes() == before
+    paper = ("--keep", f"paper={files['paper']}")
+    cryptfs.run("rotate", vault, "--kek", *keep, *paper, "--destroy-old", passphrase=PASSPHRASE)
+    assert labels(cryptfs, vault) == ["passphrase", "second", "st=ick", "paper"]
+    for words in (("--protector", "second", "--passfile", files["second"]), ("--keyfile", files["stick"]),
+                  ("--recovery-file", files["paper"])):  # fmt: skip
+        cryptfs.run("unlock", vault, *words)
+        cryptfs.run("lock", vault)
+    cryptfs.run("unlock", vault, passphrase=PASSPHRASE)
+    # Unlocked as well, and by another one: each is checked.
+    others = ("--keep", "passphrase=/dev/fd/0")
+    cryptfs.run("rotate", vault, "--kek", "--keyfile", files["stick"], *others, "--drop-others", code=2)
+    cryptfs.run("rotate", vault, "--kek", "--keyfile", files["stick"], *keep[:2], "--drop-others")
+    assert labels(cryptfs, vault) == ["second", "st=ick"]
+    cryptfs.run("lock", vault)
+
+
+def test_what_keep_refuses(cryptfs: Cryptfs, vault: Path) -> None:
+    files = of_four_kinds(cryptfs, vault)
+    before = (vault / "volume").read_bytes()
+    wrong = cryptfs.root / "wrong"
+    wrong.write_bytes(b"not it")
+    wrong.chmod(0o600)
+    for keep, code, text in (
+        (["second=" + str(wrong)], 13, "second"),
+        (["paper=" + str(wrong)], 2, "no recovery key"),
+        (["second=" + str(cryptfs.root / "not there")], 2, "cannot read"),
+        (["nobody=" + str(wrong)], 2, "no protector 'nobody'"),
+        (["st=ick"], 2, "--keep st=ick=FILE"),
+        (["second"], 2, "no terminal"),
+        (["second=" + str(files["second"]), f"second={files['second']}"], 2, "twice"),
+        (["passphrase=" + str(files["second"]), f"second={files['second']}"], 13, ""),
+    ):
+        words = [word for each in keep for word in ("--keep", each)]
+        said = cryptfs.run("rotate", vault, "--kek", *words, "--drop-others", passphrase=PASSPHRASE, code=code).stderr
+        assert text in said
+        assert (vault / "volume").read_bytes() == before
+    two = ("--protector", "passphrase", "--keep", f"passphrase={files['second']}")
+    assert "two secrets" in cryptfs.run("rotate", vault, "--kek", *two, passphrase=PASSPHRASE, code=2).stderr
+    cryptfs.run("rotate", vault, "--destroy-old", "--keep", "second", passphrase=PASSPHRASE, code=2)
+    assert (vault / "volume").read_bytes() == before

@@ -23,9 +23,9 @@ def content(number: int) -> bytes:
     return rng.randbytes(rng.choice((0, 7, 4000, 70_000)))
 
 
-def populate(top: Path) -> None:
+def populate(top: Path, files: int = FILES) -> None:
     """Files in directories, symlinks, an xattr each, a hard link."""
-    for number in range(FILES):
+    for number in range(files):
         path = path_of(top, number)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content(number))
@@ -40,9 +40,9 @@ def path_of(top: Path, number: int) -> Path:
     return top / f"d{number // 10}" / f"file {number}"
 
 
-def look(top: Path) -> None:
+def look(top: Path, files: int = FILES) -> None:
     """That all of it is there."""
-    for number in range(FILES):
+    for number in range(files):
         path = path_of(top, number)
         assert path.read_bytes() == content(number), path
         if number % 5 == 0:
@@ -74,6 +74,24 @@ def wait_for(box: Box, *states: str, limit_s: float = 90) -> dict[str, object]:
         assert time.monotonic() < end, now
         time.sleep(0.2)
     return now
+
+
+@contextmanager
+def somebody_there(top: Path) -> Iterator[None]:
+    """A program that asks for something all the time: beside it everything is rewritten slowly."""
+    gone = threading.Event()
+
+    def ask() -> None:
+        while not gone.wait(0.05):
+            os.statvfs(top)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        gone.set()
+        asking.join()
 
 
 @dataclass

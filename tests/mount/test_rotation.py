@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import random
 import time
+from contextlib import nullcontext
 
 import pytest
 
 from tests.mount.box import PASSPHRASE, Box
-from tests.mount.rotating import at_work, data_files, look, populate, status, wait_for
+from tests.mount.rotating import at_work, data_files, look, populate, somebody_there, status, wait_for
 from tests.reference.trees import reference_decrypt
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
 KILLS = 4
+FILES = 200
+"""For them: what takes a daemon a few seconds at full speed."""
 
 
 def test_under_load_nothing_changes_and_an_old_volume_file_opens_nothing(mounted: Box) -> None:
@@ -72,10 +75,10 @@ def wait_until_more(work: dict[str, object], rounds: int, reads: int) -> bool:
     return True
 
 
-def rounds_of_kills(box: Box, kills: int, seed: int) -> int:
+def rounds_of_kills(box: Box, kills: int, seed: int, files: int) -> int:
     """Rotations whose daemon is killed again and again; how often that hit one under way."""
     rng, hits = random.Random(seed), 0
-    populate(box.clear)
+    populate(box.clear, files)
     box.umount()
     before = data_files(box.vault)
     box.mount()
@@ -85,15 +88,17 @@ def rounds_of_kills(box: Box, kills: int, seed: int) -> int:
             box.run("rotate", box.vault, "--destroy-old")
             box.run("rotate", box.vault, "--kek", "--background")
         wait_for(box, "running", "done")
-        time.sleep(rng.uniform(0, 2.5))
+        # Now at full speed, now beside a program.
+        with somebody_there(box.clear) if number % 2 else nullcontext():
+            time.sleep(rng.uniform(0, 2.5))
         hits += status(box)["state"] == "running"
         box.kill_daemon()
         box.mount()
         if number % 3 == 2:
-            look(box.clear)
+            look(box.clear, files)
     box.run("rotate", box.vault, "--destroy-old")
     assert status(box)["older_versions"] == []
-    look(box.clear)
+    look(box.clear, files)
     box.umount()
     assert data_files(box.vault) == before
     box.run("check", box.vault, "--deep")
@@ -101,7 +106,7 @@ def rounds_of_kills(box: Box, kills: int, seed: int) -> int:
 
 
 def test_killed_again_and_again(mounted: Box) -> None:
-    assert rounds_of_kills(mounted, KILLS, 1) >= 1
+    assert rounds_of_kills(mounted, KILLS, 1, FILES) >= 1
 
 
 def test_cancelled_seen_and_gone_on_with(mounted: Box) -> None:
@@ -111,12 +116,13 @@ def test_cancelled_seen_and_gone_on_with(mounted: Box) -> None:
         "failed": None, "left": None, "message": None, "failed_ids": [],
     }  # fmt: skip
     populate(box.clear)
-    box.run("rotate", box.vault, "--kek", "--background")
-    assert wait_for(box, "running")["older_versions"] == [1]
-    again = box.run("rotate", box.vault, "--kek", code=14)
-    assert "under way" in again.stderr
-    box.run("rotate", box.vault, "--cancel")
-    stopped = wait_for(box, "cancelled")
+    with somebody_there(box.clear):
+        box.run("rotate", box.vault, "--kek", "--background")
+        assert wait_for(box, "running")["older_versions"] == [1]
+        again = box.run("rotate", box.vault, "--kek", code=14)
+        assert "under way" in again.stderr
+        box.run("rotate", box.vault, "--cancel")
+        stopped = wait_for(box, "cancelled")
     assert stopped["kek_version"] == 2
     assert "going on" in box.run("rotate", box.vault, "--kek").stderr
     ended = status(box)
@@ -129,8 +135,9 @@ def test_cancelled_seen_and_gone_on_with(mounted: Box) -> None:
 def test_a_lock_in_the_middle_is_waited_for(mounted: Box) -> None:
     box = mounted
     populate(box.clear)
-    box.run("rotate", box.vault, "--kek", "--background")
-    wait_for(box, "running")
+    with somebody_there(box.clear):
+        box.run("rotate", box.vault, "--kek", "--background")
+        wait_for(box, "running")
     box.run("lock", box.vault)
     assert wait_for(box, "waiting", "done")["older_versions"] == [1]
     box.unlock()

@@ -20,11 +20,12 @@ __all__ = ["box", "fuse", "mounted", "template"]
 pytestmark = [pytest.mark.mount, pytest.mark.torture]
 
 KILLS = 50
+FILES = 400
 
 
 def test_kills_while_rotating(mounted: Box) -> None:
     seed = int(os.environ.get("CRYPTFS_TORTURE_SEED", str(time.time_ns() % 1_000_000)))
     sys.stdout.write(f"\nseed {seed}\n")
-    hits = rounds_of_kills(mounted, KILLS, seed)
+    hits = rounds_of_kills(mounted, KILLS, seed, FILES)
     sys.stdout.write(f"{KILLS} kills, {hits} of them in the middle of a rotation\n")
     assert hits >= KILLS // 10
