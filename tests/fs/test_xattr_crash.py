@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import random
 import stat
+from unittest import mock
 
 import pytest
 
+from cryptfs.fs.rotation import Rotation
 from cryptfs.store.disk_model import Order
 from cryptfs.store.memory import MemoryStore
 from cryptfs.types import Kind
@@ -42,10 +44,18 @@ async def make(order: Order) -> Tree:
 
 @pytest.mark.parametrize("order", [Order.JOURNAL, Order.DIRECTORY])
 @pytest.mark.parametrize("path", PATHS)
-async def test_the_old_set_or_the_new_one(order: Order, path: bytes) -> None:
+@pytest.mark.parametrize("rewritten", [False, True])
+async def test_the_old_set_or_the_new_one(order: Order, path: bytes, rewritten: bool) -> None:
+    """`rewritten`: a rotation has replaced every log, and was cut short before it synced anything."""
     tree = await make(order)
     rng, states = random.Random(f"{order} {path!r}"), 0
-    may_be: list[bytes | None] = [None]
+    if rewritten:
+        await tree.volume.xattrs.set(await tree.inode(path), NAME, b"from the beginning")
+        await tree.remount()
+        rotation = Rotation(tree.volume, tree.sample.rotate())
+        with mock.patch.object(rotation, "_look_again", mock.AsyncMock()):
+            await rotation.run()
+    may_be: list[bytes | None] = [b"from the beginning" if rewritten else None]
     survivors: list[tuple[MemoryStore, list[bytes | None]]] = []
 
     def crash(call: str) -> None:
