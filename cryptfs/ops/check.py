@@ -97,7 +97,7 @@ class Check:
         """Paths of domains' places -> the domain's id."""
         self.sidecars = Sidecars()
         self.complete = True
-        """Everything in `tree/` was seen."""
+        """Everything in `tree/` was seen, and every directory's log could be read: all ids in use are in `claims`."""
         self._tmp = looking.tmp
         self._links: dict[int, _Links] = {}
         self._recheck = Recheck(looking.ctx, looking.settle, self.report.busy) if looking.live else None
@@ -196,6 +196,8 @@ class Check:
             return
         for finding in found.findings():
             self.add(finding)
+        if found.unreadable:
+            self.complete = False
         if found.domain:
             self.domains[path] = found.domain
         self.absent += found.absent
@@ -212,7 +214,11 @@ class Check:
         return await self._recheck.look(ref.fd, dir_id, path, chain)
 
     async def _lost(self, ref: DirRef, spot: Spot, path: bytes, dir_id: bytes, error: Damaged | OSError) -> None:
-        """Nothing below this directory can be reached; what lies there still claims its ids."""
+        """Nothing below this directory can be reached; what lies there still claims its ids.
+
+        Not all of them: those of special files, and of files without a header, only the log knows.
+        """
+        self.complete = False
         reason = error.reason if isinstance(error, Damaged) else (error.strerror or "unreadable")
         what = What.DIRECTORY if isinstance(error, Damaged) else What.UNREADABLE
         ino = self.ctx.store.fstat(ref.fd).st_ino
@@ -278,10 +284,11 @@ class Check:
         if seen.error:
             self.complete = False
         if seen.kind is Kind.DIR:
+            # Its log is not read here, and only that knows the ids of special files in it.
+            self.complete = False
             try:
                 fd = self.ctx.store.open(ref.fd, name, os.O_RDONLY | os.O_DIRECTORY)
             except OSError:
-                self.complete = False
                 return
             try:
                 await self._claim_below(fd)
@@ -289,9 +296,7 @@ class Check:
                 self.ctx.store.close(fd)
 
     async def _claim_below(self, fd: int) -> None:
-        ids, complete = await self.ctx.in_thread(_ids_below, self.ctx.store, fd)
-        self.claims |= ids
-        self.complete = self.complete and complete
+        self.claims |= await self.ctx.in_thread(_ids_below, self.ctx.store, fd)
 
     # files -----------------------------------------------------------------------------------------------------
 
@@ -340,9 +345,14 @@ class Check:
         except (Damaged, OSError) as error:
             if placed.entry.kind is Kind.SYMLINK or self.live:
                 return  # A symlink whose sidecar is damaged was reported as a whole; what is mounted may be changing.
-            reason = error.reason if isinstance(error, Damaged) else (error.strerror or "unreadable")
             ino = placed.seen.st.st_ino
-            self.add(Finding(Severity.DAMAGE, What.XATTRS, path, reason, str(error), log_id, ino, [], spot))
+            finding = Finding(Severity.DAMAGE, What.XATTRS, path, "", str(error), log_id, ino, [], spot)
+            if isinstance(error, Damaged):
+                finding.reason = error.reason
+            else:
+                # Not given up by a repair: they may be as good as ever.
+                finding.what, finding.reason = What.UNREADABLE, error.strerror or "unreadable"
+            self.add(finding)
 
     # at the end ------------------------------------------------------------------------------------------------
 
@@ -385,23 +395,18 @@ class Check:
         await trio.to_thread.run_sync(_measure, self.ctx.store, self.tally, abandon_on_cancel=False)
 
 
-def _ids_below(store: Store, fd: int) -> tuple[set[bytes], bool]:
-    """(every id that anything below the directory behind `fd` claims, whether all of it could be read). Blocks."""
+def _ids_below(store: Store, fd: int) -> set[bytes]:
+    """Every id that anything below the directory behind `fd` claims, as far as it can be read. Blocks."""
     ids: set[bytes] = set()
-    complete = True
 
     def visit(here: int) -> list[bytes]:
-        nonlocal complete
         seen = survey(store, here)
         ids.update(each.log_id for each in seen.values() if each.log_id)
-        complete = complete and not any(each.error for each in seen.values())
         return [name for name, each in seen.items() if each.kind is Kind.DIR]
 
-    try:
+    with suppress(OSError):
         walk_down(store, fd, visit)
-    except OSError:
-        complete = False
-    return ids, complete
+    return ids
 
 
 def _measure(store: Store, tally: Tally) -> None:

@@ -96,6 +96,8 @@ class Look:
     """The directory's own."""
     domain: bytes = b""
     """The id of the volume whose place it is."""
+    unreadable: bool = False
+    """Something in it could not be read: what lies below or behind that may be anything, under any id."""
 
     def findings(self) -> list[Finding]:
         """All of them."""
@@ -225,6 +227,7 @@ def _compare(node: DirNode, names: NameCipher, seen: dict[bytes, Seen], path: by
     out = Look()
     left = dict(seen)
     left.pop(DIR_LOG, None)
+    out.unreadable = any(found.error for found in left.values())
     if left.pop(DIR_LOG_NEW, None) is not None:
         finding = Finding(Severity.LEFTOVER, What.UNFINISHED, path, "dir-log", "a rewrite of its log that a crash cut")
         finding.spot = Spot(above, DIR_LOG_NEW)
@@ -248,12 +251,12 @@ def _compare(node: DirNode, names: NameCipher, seen: dict[bytes, Seen], path: by
         )  # fmt: skip
         if found.kind is not entry.kind or (entry.rdev and entry.rdev != found.st.st_rdev):
             finding.detail = f"a {found.kind.name.lower()} where .dir has a {entry.kind.name.lower()}"
-        elif found.log_id != entry.log_id and (found.log_id or entry.kind is Kind.SYMLINK) and entry.kind in _WITH_ID:
-            finding.reason, finding.detail = "id-mismatch", f"it is {found.log_id.hex() or 'none of ours'}"
         elif found.error:
             finding.what, finding.reason = What.UNREADABLE, found.error
             out.others.append(finding)
             continue
+        elif found.log_id != entry.log_id and (found.log_id or entry.kind is Kind.SYMLINK) and entry.kind in _WITH_ID:
+            finding.reason, finding.detail = "id-mismatch", f"it is {found.log_id.hex() or 'none of ours'}"
         elif entry.kind is Kind.DIR and not found.log_id and sealed in node.unsure:
             finding.severity, finding.what, finding.reason = Severity.LEFTOVER, What.UNSETTLED, "missing-dir-log"
             finding.detail = "made just before a crash; the next mount starts its log anew"

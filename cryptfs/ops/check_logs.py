@@ -9,7 +9,7 @@ from contextlib import suppress
 from cryptfs.errors import Damaged
 from cryptfs.format.dirlog import DirPayload
 from cryptfs.format.log import HEADER_BYTES, KIND_DIR, KIND_FILE, LogHeader, decode_header
-from cryptfs.fs.context import FsContext, sidecar_name
+from cryptfs.fs.context import FsContext, open_ours, sidecar_name
 from cryptfs.fs.sealed_log import Frame, SealedLog
 from cryptfs.fs.volume import Volume
 from cryptfs.names import DIR_LOG, DIR_LOG_NEW
@@ -95,10 +95,13 @@ async def renew_log(volume: Volume, quarantine: Quarantine, lost: LostDir) -> No
 
 
 async def _names_key(ctx: FsContext, fd: int, dir_id: bytes) -> tuple[int, bytes] | None:
-    """(KEK version, wrapped names key) of the old log, if it unwraps for this directory."""
+    """(KEK version, wrapped names key) of the old log, if it unwraps for this directory.
+
+    Raises OSError: a log that cannot be read at the moment is not given up.
+    """
     try:
-        log_fd = ctx.store.open(fd, DIR_LOG, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
+        log_fd = open_ours(ctx.store, fd, DIR_LOG, os.O_RDONLY)
+    except (Damaged, FileNotFoundError):
         return None
     try:
         header = decode_header(ctx.store.pread(log_fd, HEADER_BYTES, 0))
@@ -106,7 +109,7 @@ async def _names_key(ctx: FsContext, fd: int, dir_id: bytes) -> tuple[int, bytes
             return None
         await ctx.keys.unwrap([KeyRun(dir_id, Purpose.NAMES, header.kek_version, (header.names_wrapped,))])
         return header.kek_version, header.names_wrapped
-    except (Damaged, OSError):
+    except Damaged:
         return None
     finally:
         ctx.store.close(log_fd)

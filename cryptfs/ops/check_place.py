@@ -84,16 +84,16 @@ async def is_authentic(ctx: FsContext, spot: Spot, seen: Seen) -> bool:
     """Whether what lies there is, by its own header or log, what it says it is, and opens as such."""
     try:
         fd = open_chain(ctx, spot.above)
+        try:
+            return await opened_whole(ctx, fd, spot.name, seen)
+        finally:
+            ctx.store.close(fd)
     except OSError:
         return False
-    try:
-        return await opens(ctx, fd, spot.name, seen)
-    finally:
-        ctx.store.close(fd)
 
 
-async def opens(ctx: FsContext, dir_fd: int, name: bytes, seen: Seen) -> bool:
-    """As `is_authentic`, in a directory that is open."""
+async def opened_whole(ctx: FsContext, dir_fd: int, name: bytes, seen: Seen) -> bool:
+    """As `is_authentic`, in a directory that is open. Raises OSError: then nobody knows."""
     store, log_id = ctx.store, seen.log_id
     if not log_id:
         return False
@@ -113,5 +113,5 @@ async def opens(ctx: FsContext, dir_fd: int, name: bytes, seen: Seen) -> bool:
         finally:
             store.close(fd)
         return True
-    except (Damaged, OSError):
+    except Damaged:
         return False

@@ -9,7 +9,8 @@ next mount or repair settles it first, by the tree, like after any crash):
 
 1. An unclean volume, or one with crashed epochs, is settled by opening every directory and file the normal way, and
    left clean. A crash: the same volume, more of it settled.
-2. Sidecars that lie under each other's names are exchanged back. One rename each.
+2. Sidecars that lie under each other's names are exchanged back, and those that an earlier repair took for orphans come
+   back from `damaged/` (`check_restore`). One rename each.
 3. A directory's log that cannot be relied on: old log linked into `damaged/`, a new empty one written beside it,
    synced, renamed over it. The names key is kept if it still unwraps. A crash: either log.
 4. What lies in the wrong place and is named elsewhere is renamed back, directories first. One rename each; `.dir` says
@@ -20,7 +21,8 @@ next mount or repair settles it first, by the tree, like after any crash):
    then the old name goes, frame first; then, if everything could be read, the new file takes the old name.
    A crash: the damaged file is there, and perhaps the salvaged one too; or only that.
 7. Entries whose object is gone leave `.dir`.
-8. Leftovers and orphans are deleted, last and only if the whole tree could be seen.
+8. Leftovers are deleted, last; orphans (kept in `damaged/` if anything was wrong with the volume) only if every
+   directory and every header in the tree could be read.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from cryptfs.ops.check_logs import exchange_sidecars, renew_log
 from cryptfs.ops.check_place import place_back
 from cryptfs.ops.check_report import Finding, Report, Severity, Tally, What
 from cryptfs.ops.check_rescue import Rescue
+from cryptfs.ops.check_restore import restore_sidecars
 from cryptfs.ops.offline import Access, Looking, open_to_repair, shut
 from cryptfs.ops.quarantine import Quarantine, open_chain
 from cryptfs.types import Kind
@@ -167,6 +170,9 @@ class Repair:
     async def _round(self, check: Check) -> bool:
         """Whether anything was done. Each step leaves to the next round what it makes possible."""
         await exchange_sidecars(self.volume, check)
+        if await restore_sidecars(self.volume, check):
+            # Whether they are whole, and what they say, is the next round's to find.
+            return True
         for lost in check.lost_dirs:
             try:
                 await renew_log(self.volume, self.quarantine, lost)

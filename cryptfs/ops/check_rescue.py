@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,7 @@ from cryptfs.ops.blocks import BlockReader
 from cryptfs.ops.check import Check
 from cryptfs.ops.check_dirs import Absent, Seen, Stray, opened_name, survey
 from cryptfs.ops.check_files import opened
-from cryptfs.ops.check_place import opens
+from cryptfs.ops.check_place import opened_whole
 from cryptfs.ops.check_report import Finding, Spot, What
 from cryptfs.ops.offline import open_for_reading
 from cryptfs.ops.quarantine import Quarantine, drop_entry, inode_of, open_chain
@@ -59,13 +60,18 @@ class Rescue:
             finding.moved_to = self.quarantine.shown(above, name) if name else b""
 
     async def _take_in(self, check: Check, fd: int, below: bytes, path: bytes, name: bytes, seen: Seen) -> bytes:
-        """Its name in the quarantine's directory for `path`; b"" if there was nothing to show. Raises OSError."""
+        """Its name in the quarantine's directory for `path`; b"" if there was nothing to show. Raises OSError.
+
+        What cannot be read at the moment stays where it is: what it is, and whose, will be seen when it can.
+        """
+        if seen.error:
+            raise OSError(errno.EIO, f"it cannot be read: {seen.error}")
         known = check.ids.get(seen.log_id, seen.st.st_ino) if seen.log_id else None
         if seen.kind not in (Kind.FILE, Kind.DIR, Kind.SYMLINK):
             into = await self.quarantine.directory(path)
             rdev = seen.st.st_rdev if seen.kind in (Kind.CHAR, Kind.BLOCK) else 0
             return await self.quarantine.adopt(fd, below, into, name, (seen.kind, self.ctx.random(ID_BYTES), rdev))
-        if known == seen.st.st_ino and await opens(self.ctx, fd, below, seen):
+        if known == seen.st.st_ino and await opened_whole(self.ctx, fd, below, seen):
             into = await self.quarantine.directory(path)
             check.ids[seen.log_id] = seen.st.st_ino
             return await self.quarantine.adopt(fd, below, into, name, (seen.kind, seen.log_id, 0))
@@ -282,7 +288,10 @@ class Rescue:
     # entries without an object ---------------------------------------------------------------------------------
 
     async def absent(self, check: Check) -> None:
-        """Make again what can be made, salvage what the twin holds, and have `.dir` forget the rest."""
+        """Make again what can be made, salvage what the twin holds, and have `.dir` forget the rest.
+
+        Nothing is forgotten while a part of the tree cannot be read: it may lie there.
+        """
         for absent in check.absent:
             await _tried(absent.finding, self._absent, check, absent)
 
@@ -310,6 +319,8 @@ class Rescue:
                     return
         finally:
             store.close(fd)
+        if not check.complete:
+            raise OSError(errno.EIO, "it may lie in what cannot be read")
         above, _, name = self.quarantine.original(absent.path).rpartition(b"/")
         if entry.kind is Kind.FILE:
             empty_fd = self._empty()
