@@ -24,12 +24,13 @@ from cryptfs.ports import KeyRun
 from cryptfs.types import Purpose
 
 if TYPE_CHECKING:
-    from cryptfs.fs.journal import Journal
+    from cryptfs.fs.journal_frames import Frames
+    from cryptfs.fs.journal_loading import Loading
 
 _CHECK_BLOCKS = 64
 
 
-async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, floor: int, *, born: int | None) -> None:
+async def recover(journal: Loading, fd: int, replayed: Replay, data_size: int, floor: int, *, born: int | None) -> None:
     """Choose the prefix, adopt it, settle it. Raises `Damaged` if something acknowledged is missing.
 
     `floor`: what this machine has seen to be durable of it, whatever the log itself says. `born`: the generation in
@@ -89,7 +90,7 @@ async def recover(journal: Journal, fd: int, replayed: Replay, data_size: int, f
     journal.loaded = True
 
 
-async def _settle(journal: Journal, *, has_header: bool) -> None:
+async def _settle(journal: Loading, *, has_header: bool) -> None:
     """Make log and data file say what was adopted, and nothing else."""
     ctx, state = journal.ctx, journal.state
     assert journal.log is not None
@@ -105,7 +106,7 @@ async def _settle(journal: Journal, *, has_header: bool) -> None:
     journal.settle_frame(await journal.log_key())
 
 
-async def authentic(journal: Journal, extent: Extent, verdicts: dict[bytes, bool]) -> bool:
+async def authentic(journal: Frames, extent: Extent, verdicts: dict[bytes, bool]) -> bool:
     """Whether every block of `extent` decrypts from its home."""
     return await authentic_in(journal.ctx, journal.state, extent, verdicts)
 
@@ -140,7 +141,7 @@ async def authentic_in(ctx: FsContext, state: FileState, extent: Extent, verdict
     return True
 
 
-async def restart_newborn(journal: Journal, data_size: int) -> None:
+async def restart_newborn(journal: Loading, data_size: int) -> None:
     """A file whose creation a crash cut short: empty, with a header and, from the first frame on, a new sidecar."""
     ctx, state = journal.ctx, journal.state
     log.warning("inode %d: recovered after a crash, it never had content on disk", state.ino)
@@ -164,7 +165,7 @@ async def restart_newborn(journal: Journal, data_size: int) -> None:
     await journal.commit()
 
 
-async def _write_header(journal: Journal) -> None:
+async def _write_header(journal: Loading) -> None:
     """Give the data file the header that a crash kept from it.
 
     Born in the crashed epoch, as it was: a directory that is settled later must find it so.

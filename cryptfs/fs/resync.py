@@ -26,12 +26,12 @@ from cryptfs.ports import KeyRun
 from cryptfs.types import Buffer, Purpose
 
 if TYPE_CHECKING:
-    from cryptfs.fs.journal import Journal
+    from cryptfs.fs.journal_frames import Frames
 
 _CHUNK_BYTES = 1 << 20
 
 
-async def write_again(journal: Journal) -> None:
+async def write_again(journal: Frames) -> None:
     """Make a file's unsynced blocks and frames dirty again.
 
     Raises OSError(EIO) if something does not read back, key errors.
