@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -32,13 +32,12 @@ from cryptfs.agent.audit_log import (
     local_sealing,
     prepare,
 )
+from cryptfs.agent.audit_request import Detail, detail_of, files_asked_for, files_of, verb_said, volume_of
 from cryptfs.agent.audit_rewrap import rewrap_files
 from cryptfs.crypto.secret import Secret
-from cryptfs.errors import AuditUnavailable, CryptfsError, VolumeLocked
+from cryptfs.errors import AuditUnavailable, VolumeLocked
 from cryptfs.format.audit import Touched, encode_line
-from cryptfs.format.volume import FILE_MAX_BYTES, parse_volume
 from cryptfs.ports import Clock, Random
-from cryptfs.types import ID_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +63,6 @@ _CHANGES = frozenset(
     }
 )  # fmt: skip
 """Recorded before they are done, and again with their outcome."""
-
-Detail = Mapping[str, str | int | bool]
 
 
 class AuditedPeer(Protocol):
@@ -102,31 +99,27 @@ class Auditor:
     def before(self, peer: AuditedPeer, verb: str, args: Mapping[str, Any]) -> None:
         """Call before a request is done. Raises `AuditUnavailable` if it changes something and cannot be recorded."""
         if verb in _CHANGES:
-            self._write(_volume_of(verb, args, None), verb, "asked", peer.audit_json, _files_of(verb, args, None), {})
+            self._write(volume_of(verb, args, None), verb, "asked", peer.audit_json, files_asked_for(verb, args), {})
 
     def done(self, peer: AuditedPeer, verb: str, args: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Call before a request's result is sent. Raises `AuditUnavailable`: then it must not be."""
         if verb in _QUIET or verb in _SELF_TOLD:
             return
-        volume_id = _volume_of(verb, args, result)
-        files = _files_of(verb, args, result)
+        volume_id = volume_of(verb, args, result)
+        files = files_of(verb, args, result)
         try:
-            self._write(volume_id, verb, "ok", peer.audit_json, files, _detail_of(verb, args))
+            self._write(volume_id, verb, "ok", peer.audit_json, files, detail_of(verb, args))
         except AuditUnavailable:
             if verb in _GUARDED:
                 raise
 
     def refused(self, peer: AuditedPeer, verb: str, args: Mapping[str, Any], code: str, why: str) -> None:
         """Call when a request failed. Never raises: what was refused stays so."""
-        known = verb if verb.isascii() and verb.replace("-", "").isalpha() and verb.islower() else "unknown"
-        files: tuple[Touched, ...] = ()
-        with suppress(Exception):  # arguments may be the reason for the refusal
-            files = _files_of(verb, args, None)
-        volume_id = None
-        with suppress(Exception):
-            volume_id = _volume_of(verb, args, None)
+        detail = {"message": why[:MESSAGE_MAX_CHARS]}
         with suppress(AuditUnavailable):
-            self._write(volume_id, known, code, peer.audit_json, files, {"message": why[:MESSAGE_MAX_CHARS]})
+            self._write(
+                volume_of(verb, args, None), verb_said(verb), code, peer.audit_json, files_asked_for(verb, args), detail
+            )
 
     def event(self, verb: str, outcome: str = "ok", *, volume_id: bytes | None = None, peer: str = "null",
               detail: Detail | None = None) -> None:  # fmt: skip
@@ -221,14 +214,17 @@ class Auditor:
         number = None if args["file"] is None else arg.get_int(args, "file", 1, arg.VERSION_MAX)
         where = AGENT_LOG if volume_id is None else volume_id.hex()
         directory = os.path.join(self.directory, where)
+        opened = self._agent_log() if volume_id is None else self._volumes.get(volume_id)
         if number is None:
             try:
-                return {"files": (await trio.to_thread.run_sync(file_numbers, directory))[-arg.FILES_MAX :]}
+                there = await trio.to_thread.run_sync(file_numbers, directory)
             except FileNotFoundError:
-                return {"files": []}
+                there = []
             except OSError as error:
                 raise AuditUnavailable(f"the audit log {directory} cannot be read: {error.strerror}") from error
-        opened = self._agent_log() if volume_id is None else self._volumes.get(volume_id)
+            if opened is not None and opened.number not in there:
+                there = sorted([*there, opened.number])  # removed: what is said of it says so
+            return {"files": there[-arg.FILES_MAX :]}
         if opened is None:
             raise VolumeLocked("the volume is locked")
         end = opened.end_of(number)
@@ -282,77 +278,3 @@ class Auditor:
             each.syncing()()
         except OSError as error:
             log.error("%s cannot be synced: %s", each.directory, error.strerror)  # noqa: TRY400 - the rest is no news
-
-
-def _volume_of(verb: str, args: Mapping[str, Any], result: Mapping[str, Any] | None) -> bytes | None:
-    for source in (args, result or {}):
-        volume_id = source.get("volume_id")
-        if type(volume_id) is bytes and len(volume_id) == ID_BYTES:
-            return volume_id
-    data = args.get("volume")
-    if verb in ("unlock", "shred") and type(data) is bytes and len(data) <= FILE_MAX_BYTES:
-        with suppress(CryptfsError):
-            return parse_volume(data).volume_id
-    return None
-
-
-def _detail_of(verb: str, args: Mapping[str, Any]) -> Detail:
-    if verb == "attach":
-        return {name.replace("_", "-"): os.fsdecode(args[name]) for name in ("cipher_dir", "mountpoint")}
-    if verb in ("detach", "keep"):
-        return {"keep": bool(args["keep"])}
-    if verb in ("protector-add", "protector-change"):
-        return {"kind": str(args["kind"]), "label": str(args["label"])}
-    if verb == "protector-remove":
-        return {"protector": args["protector_id"].hex()}
-    if verb == "feature-add":
-        return {"feature": str(args["feature"])}
-    if verb == "policy-set":
-        return {name.replace("_", "-"): value for name, value in args["policy"].items()}
-    if verb == "commit":
-        volume = parse_volume(args["volume"])
-        return {"serial": volume.serial, "kek-version": volume.kek_version}
-    return {}
-
-
-def _files_of(verb: str, args: Mapping[str, Any], result: Mapping[str, Any] | None) -> tuple[Touched, ...]:
-    if verb == "unwrap":
-        return touched_by(args["items"], None if result is None else result["keys"])
-    if verb == "rewrap":
-        return touched_by(args["items"], None if result is None else result["wrapped"])
-    if verb == "generate":
-        return (Touched(args["id"], args["purpose"], args["count"]),) if _is_id(args["id"]) else ()
-    if verb == "kits" and result is not None:
-        keys = (2 if args["directory"] else 1) + args["deks"]
-        return tuple([Touched(row[0], "kit", keys) for row in result["kits"]])
-    if verb == "accept":
-        width = ID_BYTES + 8
-        logs = args["logs"]
-        return tuple([Touched(logs[at : at + ID_BYTES], "log", 0) for at in range(0, len(logs), width)])
-    return ()
-
-
-def touched_by(items: Iterable[Any], keys: list[bytes | None] | None) -> tuple[Touched, ...]:
-    """What `unwrap` was asked for, by log, purpose and authenticity; adjacent ranges joined, so they are exact."""
-    found: dict[tuple[bytes, str, bool], list[list[int]]] = {}
-    for number, (log_id, purpose, _, wrapped, first_block) in enumerate(items):
-        authentic = keys is None or keys[number] is not None
-        count = len(wrapped) // (WRAPPED_NAMES_BYTES if purpose == "names" else WRAPPED_BYTES)
-        ranges = found.setdefault((log_id, purpose, authentic), [])
-        if ranges and ranges[-1][0] + ranges[-1][1] == first_block and purpose == "block":
-            ranges[-1][1] += count
-        else:
-            ranges.append([first_block, count])
-    return tuple(
-        [
-            Touched(
-                log_id, purpose, sum([count for _, count in ranges]),
-                tuple([(first, count) for first, count in ranges]) if purpose == "block" else (), authentic,
-            )
-            for (log_id, purpose, authentic), ranges in found.items()
-        ]
-    )  # fmt: skip
-
-
-def _is_id(value: object) -> bool:
-    return type(value) is bytes and len(value) == ID_BYTES

@@ -28,6 +28,10 @@ def check_file(directory: str, number: int, sealing: Sealing, end: int | None) -
     path = os.path.join(directory, file_name(number))
     try:
         raw = read_whole(path)
+    except FileNotFoundError as error:
+        if end is None:
+            raise AuditUnavailable(f"{path}: {error.strerror}") from error
+        return {**_Report().said, "size": 0, "end": 0, "fault": "gone"}
     except OSError as error:
         raise AuditUnavailable(f"{path}: {error.strerror}") from error
     except Damaged:
@@ -54,17 +58,7 @@ def check_file(directory: str, number: int, sealing: Sealing, end: int | None) -
                 report.take(each.line, each.mac, each.generation)
     if end is not None and size < end and reading.fault in (None, "torn"):
         reading.fault = "cut"
-    return {
-        "size": size,
-        "end": reading.end,
-        "fault": reading.fault,
-        "first_line": report.first_line,
-        "macs": bytes(report.macs),
-        "begin": report.begin,
-        "expired": report.expired,
-        "missed": report.missed,
-        "places": bytes(report.places),
-    }
+    return {**report.said, "size": size, "end": reading.end, "fault": reading.fault}
 
 
 class _Report:
@@ -76,6 +70,18 @@ class _Report:
         self.missed = 0
         self.places = bytearray()
         """Where lines say that other logs end: volume id (zeros: the agent's), u32 file, u64 line, 8 bytes of MAC."""
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the verb's answer says of the file's lines."""
+        return {
+            "first_line": self.first_line,
+            "macs": bytes(self.macs),
+            "begin": self.begin,
+            "expired": self.expired,
+            "missed": self.missed,
+            "places": bytes(self.places),
+        }
 
     def take(self, data: bytes, mac: bytes, generation: int) -> None:
         self.macs += mac[:MAC_SHORT_BYTES]

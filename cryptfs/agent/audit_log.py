@@ -9,6 +9,9 @@ Nothing is ever overwritten. A crash between any two calls leaves:
   name: a file under its name always has a whole header and first line;
 - when the oldest file is removed: one file too many, which the line `expire` before the removal allows to be missing.
 
+Somebody may remove or exchange the file that is being written. Its name is looked up before each line, so no line goes
+where nobody would find it: the log goes on in the next file, and the one that is gone is missed by who checks.
+
 A line that could not be written completely is cut off again before the next one: a full disk leaves no torn line.
 """
 
@@ -29,7 +32,7 @@ from cryptfs.crypto.mac import sha256
 from cryptfs.crypto.secret import Secret
 from cryptfs.crypto.wrap import KEK_BYTES
 from cryptfs.errors import AuditUnavailable, Damaged, NotPermitted
-from cryptfs.format.audit import AuditLine
+from cryptfs.format.audit import LINE_MAX_BYTES, AuditLine
 from cryptfs.format.log import HEADER_BYTES, LogHeader, decode_header
 from cryptfs.paths import private_dir
 from cryptfs.ports import Clock, Random
@@ -41,6 +44,8 @@ FILE_BYTES = 4 << 20
 """A file that is longer gets no more lines."""
 FILES_KEPT = 128
 """512 MiB: some 4 TiB of streaming reads, or a million requests of other kinds."""
+NUMBER_MAX = 10**8 - 1
+"""Names have eight digits: one of more would be nobody's to read."""
 AGENT_LOG = "agent"
 """The directory of the agent's own log; those of volumes are named by their ids."""
 
@@ -78,6 +83,8 @@ class AuditLog:
         self._header: LogHeader | None = None
         self._key: Secret | None = None
         self._number = 0
+        self._path = ""
+        self._identity = (0, 0)
         self._end = 0
         self._torn = self._full = False
         self._generation = 0
@@ -106,16 +113,30 @@ class AuditLog:
         return self._number, self._generation, self._mac.hex()
 
     def append(self, line: bytes) -> None:
-        """Write one encoded line. Raises `AuditUnavailable`; then the log is as it was."""
+        """Write one encoded line. Raises `AuditUnavailable`; then the log is as it was.
+
+        That also for a line that readers would take for damage: they stop at one of more than `LINE_MAX_BYTES`.
+        """
+        if len(line) > LINE_MAX_BYTES:
+            raise AuditUnavailable(f"a line of {len(line)} bytes is too long for the audit log {self.directory}")
         if self._fd < 0:
             raise AuditUnavailable(f"the audit log {self.directory} is closed")
         try:
             self._mend()
-            if self._full or self._end > self._file_bytes:
+            if self._is_gone():
+                self._go_on_elsewhere()
+            elif self._full or self._end > self._file_bytes:
                 self._begin(self._ending())
             self._write(line)
         except OSError as error:
             raise AuditUnavailable(f"the audit log {self.directory} cannot be written: {error.strerror}") from error
+        except NotPermitted as error:
+            raise AuditUnavailable(str(error)) from error
+
+    @property
+    def number(self) -> int:
+        """That of the file being written, whether it still has its name or not."""
+        return self._number
 
     def end_of(self, number: int) -> int | None:
         """How many bytes of the file of this number were written; None if it is not the one being written."""
@@ -180,9 +201,35 @@ class AuditLog:
             os.ftruncate(self._fd, self._end)
             self._torn = False
 
-    def _begin(self, previous: dict[str, Any] | None) -> None:
-        """Begin the next file; on any error the log stays in the one it is in."""
-        number = self._number + 1
+    def _is_gone(self) -> bool:
+        """Whether the file's name is another file's now, or nobody's."""
+        try:
+            there = os.stat(self._path, follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        return (there.st_ino, there.st_dev) != self._identity
+
+    def _go_on_elsewhere(self) -> None:
+        """Begin a file after the one that is gone; if the whole directory is, make it anew."""
+        log.error("audit log: %s was removed or exchanged; it goes on in a new file", self._path)
+        prepare(os.path.dirname(self.directory))
+        private_dir(self.directory)
+        # Whatever lies there now is evidence: no name of it is taken.
+        newest = max([self._number, *file_numbers(self.directory)])
+        self._begin({**self._ending(), "gone": self._end}, after=newest)
+
+    def _opened(self, fd: int, number: int) -> None:
+        """The file that is written from now on."""
+        self._fd, self._number = fd, number
+        self._path = os.path.join(self.directory, file_name(number))
+        there = os.fstat(fd)
+        self._identity = (there.st_ino, there.st_dev)
+
+    def _begin(self, previous: dict[str, Any] | None, after: int | None = None) -> None:
+        """Begin the next file, or the one after `after`; on any error the log stays in the one it is in."""
+        number = (self._number if after is None else after) + 1
+        if number > NUMBER_MAX:
+            raise AuditUnavailable(f"the audit log {self.directory} has a file of the highest number there is")
         key = Secret.of(self._random(KEK_BYTES))
         header = self.sealing.new_header(self._random(ID_BYTES), bytes(key.view()))
         detail: dict[str, str | int | bool] = {"file": number}
@@ -212,7 +259,8 @@ class AuditLog:
                 os.unlink(fresh)
             raise
         old_fd, old_key = self._fd, self._key
-        self._fd, self._key, self._header, self._number = fd, key, header, number
+        self._key, self._header = key, header
+        self._opened(fd, number)
         self._end, self._torn, self._full = len(encoded) + len(first), False, False
         self._generation, self._mac = self._generation + 1, mac_of(first)
         if old_fd >= 0:
@@ -265,7 +313,7 @@ class AuditLog:
         self._mac = reading.mac or bytes(32)
         if reading.fault is None and header is not None and key is not None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._fd = os.open(path, flags)
+            self._opened(os.open(path, flags), self._number)
             _take(self._fd, self.directory)
             self._header, self._key, self._end = header, key, reading.end
             return

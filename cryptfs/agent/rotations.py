@@ -18,6 +18,7 @@ from cryptfs.format.agent_msg import encode_push
 from cryptfs.types import ID_BYTES
 
 STATES = frozenset({"running", "waiting", "cancelled", "stopped", "done"})
+STATE_MAX_CHARS = 32
 MESSAGE_MAX_CHARS = 300
 
 
@@ -46,7 +47,7 @@ class Rotations:
         attachment = self._attached.get(volume_id)
         if attachment is None or attachment.peer is not peer:
             raise ProtocolError("this connection is not attached to the volume")
-        if args["state"] not in STATES:
+        if arg.get_text(args, "state", STATE_MAX_CHARS) not in STATES:
             raise ProtocolError(f"state must be one of {', '.join(sorted(STATES))}")
         said: dict[str, Any] = {"state": args["state"]}
         said["kek_version"] = arg.get_int(args, "kek_version", 1, arg.VERSION_MAX)

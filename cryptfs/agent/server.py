@@ -24,7 +24,7 @@ from cryptfs.agent.service import Service
 from cryptfs.agent.shred_store import ShredStore
 from cryptfs.agent.unlocking import Providers
 from cryptfs.errors import ProtocolError
-from cryptfs.format.agent_msg import Request, RequestDecoder, encode_failure
+from cryptfs.format.agent_msg import Request, RequestDecoder
 from cryptfs.format.audit import PeerLine
 from cryptfs.ports import Clock, Random
 from cryptfs.sending import Sender
@@ -335,7 +335,7 @@ class Connection:
             self._slow += 1
             nursery.start_soon(self._handle_slow, request)
         else:
-            self.post(encode_failure(request.request_id, "busy", "too many requests of this kind at once"))
+            self.post(self._service.busy(self, request))
 
     async def _handle_slow(self, request: Request) -> None:
         try:

@@ -37,7 +37,7 @@ from cryptfs.agent.threads import Threads
 from cryptfs.agent.unlocking import Providers
 from cryptfs.agent.volumes import Volumes
 from cryptfs.crypto.secret_memory import SecretMemory
-from cryptfs.errors import ProtocolError, VolumeLocked
+from cryptfs.errors import ProtocolError, VolumeBusy, VolumeLocked
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, Request, encode_reply
 from cryptfs.ports import Clock, Random
 
@@ -145,6 +145,10 @@ class Service:
     def _refuse_while_locking(self, request: Request) -> None:
         if request.verb in self._keys.inline:
             raise VolumeLocked("the volume is being locked")
+
+    def busy(self, peer: Peer, request: Request) -> bytes:
+        """The encoded answer to one of too many requests that wait at once on the peer's connection."""
+        return self._refuse(peer, request, VolumeBusy("too many requests of this kind at once"))
 
     def rubbish(self, peer: Peer, error: ProtocolError) -> None:
         """The peer broke the protocol; its connection ends."""

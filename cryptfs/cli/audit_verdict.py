@@ -66,8 +66,7 @@ def verify_logs(directory: str, volume_id: bytes | None) -> Outcome:
 
 async def _verify(client: AgentClient, directory: str, volume_id: bytes | None) -> Outcome:
     outcome = Outcome()
-    there = [bytes.fromhex(name) for name in log_names(directory) if name != "agent"]
-    wanted = there if volume_id is None else [volume_id]
+    wanted = [volume_id] if volume_id is not None else await _all_ids(client, directory)
     logs: dict[bytes, list[FileReport]] = {}
     for log_id in [AGENT, *wanted]:
         asked = None if log_id == AGENT else log_id
@@ -85,6 +84,13 @@ async def _verify(client: AgentClient, directory: str, volume_id: bytes | None) 
     present = log_names(directory)
     outcome.gone = [name for name in gone if name not in present]
     return outcome
+
+
+async def _all_ids(client: AgentClient, directory: str) -> list[bytes]:
+    """Volumes that have a log, or must have one as they are unlocked."""
+    there = {bytes.fromhex(name) for name in log_names(directory) if name != "agent"}
+    unlocked = {volume.volume_id for volume in (await client.status()).volumes if volume.state == "unlocked"}
+    return sorted(there | unlocked)
 
 
 def _report(said: AuditFile) -> FileReport:

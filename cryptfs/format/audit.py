@@ -95,7 +95,12 @@ def encode_line(
     time_ns: int, verb: str, outcome: str, volume: str | None, peer: str, files: Sequence[Touched],
     detail: Mapping[str, str | int | bool],
 ) -> bytes:  # fmt: skip
-    """As `AuditLine.encode`, with volume (hexadecimal) and peer (JSON) encoded already: the agent's hot path."""
+    """As `AuditLine.encode`, with volume (hexadecimal) and peer (JSON) encoded already: the agent's hot path.
+
+    Raises `ValueError` for a verb, outcome or purpose that is no word: it would be put into the JSON as it is.
+    """
+    if not (is_word(verb) and is_word(outcome)):
+        raise ValueError("no word")
     keys = 0
     parts = []
     for touched in files:
@@ -103,6 +108,8 @@ def encode_line(
             keys += touched.keys
         blocks = ",".join([f"[{first},{count}]" for first, count in touched.blocks])
         refused = "" if touched.authentic else ',"authentic":false'
+        if not is_word(touched.purpose):
+            raise ValueError("no word")
         parts.append(
             f'{{"id":"{touched.log_id.hex()}","purpose":"{touched.purpose}","keys":{touched.keys},'
             f'"blocks":[{blocks}]{refused}}}'
@@ -113,6 +120,11 @@ def encode_line(
         f'{{"time_ns":{time_ns},"verb":"{verb}","outcome":"{outcome}","volume":{where},"peer":{peer},'
         f'"keys":{keys if outcome == "ok" else 0},"files":[{",".join(parts)}]{ending}}}\n'
     ).encode("ascii")
+
+
+def is_word(text: str) -> bool:
+    """Whether it may stand in a line as verb, outcome, purpose or role: 1 … 32 of ``a-z 0-9 -``, a letter first."""
+    return _WORD.match(text) is not None
 
 
 def decode_line(data: bytes) -> AuditLine:

@@ -19,7 +19,12 @@ _FAULTS = {
     "edited": "a line was edited, or bytes were put in",
     "reordered": "a line was removed, repeated or moved",
     "cut": "it is shorter than what was written",
+    "gone": "it was removed while it was written",
 }
+
+
+_UNREAD = frozenset({"header", "gone"})
+"""Nothing of such a file is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,7 @@ def judge(volume_id: bytes, reports: Sequence[FileReport]) -> Verdict:
 
 def _judge_file(out: Verdict, report: FileReport, *, last: bool) -> None:
     where = f"file {report.number}"
-    if report.begin.get("file") != report.number and report.fault != "header":
+    if report.begin.get("file") != report.number and report.fault not in _UNREAD:
         out.damage.append(f"{where}: its first line is not that of file {report.number}")
     if report.fault == "torn":
         if last:
@@ -109,7 +114,7 @@ def _judge_link(out: Verdict, report: FileReport, before: FileReport | None, exp
     if report.number > first_missing and report.number - 1 > expired:
         gone = f"{first_missing} to {report.number - 1}" if report.number - 1 > first_missing else f"{first_missing}"
         out.damage.append(f"file {gone}: missing")
-    if before is None or before.number != report.number - 1 or report.fault == "header" or before.fault == "header":
+    if before is None or before.number != report.number - 1 or {report.fault, before.fault} & _UNREAD:
         return
     where = f"file {before.number}"
     line, mac, end = said.get("previous-line"), str(said.get("previous-mac", "")), said.get("previous-end")

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from cryptfs.agent.server import Server
+from cryptfs.ports import RootProvider
 from cryptfs.testing.roots import FakeProvider
 
 READY_S = 20
@@ -49,15 +50,19 @@ ServeHere = Callable[..., contextlib.AbstractAsyncContextManager[Served]]
 
 @pytest.fixture
 def serve_here(short_tmp: Path) -> ServeHere:
-    """`async with serve_here() as served`: an agent in this process; `empty=True` for exit-when-empty."""
+    """`async with serve_here() as served`: an agent in this process; `empty=True` for exit-when-empty.
+
+    `more`: other root keys besides the fake one.
+    """
 
     @contextlib.asynccontextmanager
     async def serve(
-        *, empty: bool = False, startup_grace_s: float = 0.2, lock_deadline_s: float = 0.2
-    ) -> AsyncIterator[Served]:
+        *, empty: bool = False, startup_grace_s: float = 0.2, lock_deadline_s: float = 0.2,
+        more: Sequence[RootProvider] = (),
+    ) -> AsyncIterator[Served]:  # fmt: skip
         provider = FakeProvider()
         server = Server(
-            providers={provider.kind: provider},
+            providers={provider.kind: provider, **{each.kind: each for each in more}},
             state_dir=str(short_tmp / "state"),
             random=os.urandom,
             clock=StillClock(),

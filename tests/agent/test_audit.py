@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,67 @@ async def test_a_volumes_log_that_is_gone_is_missed(serve_here: ServeHere) -> No
         (where / volume_id.hex() / "00000001.log").unlink()
         (where / volume_id.hex()).rmdir()
         assert (await verified(client, str(where))).gone == [volume_id.hex()]
+
+
+def remove(log: Path) -> None:
+    log.unlink()
+
+
+def exchange(log: Path) -> None:
+    shutil.copy(log, log.with_suffix(".copy"))
+    log.with_suffix(".copy").rename(log)
+
+
+def remove_all(log: Path) -> None:
+    shutil.rmtree(log.parent)
+
+
+def rename(log: Path) -> None:
+    log.rename(log.with_name("aside"))
+
+
+@pytest.mark.parametrize("harm", [remove, exchange, remove_all, rename])
+async def test_keys_are_not_recorded_where_nobody_finds_it(serve_here: ServeHere, harm: Callable[[Path], None]) -> None:
+    async with serve_here() as served, open_agent(served.path) as client:
+        where = Path(directory(served))
+        volume_id, _ = await create(client)
+        _, _, wrapped = await client.generate(volume_id, FILE, "block", 3)
+        harm(where / volume_id.hex() / "00000001.log")
+        if harm is not exchange:  # a copy is no damage as long as it holds all
+            assert (await verified(client, str(where))).exit_code == 28, "it is missed before anything else is written"
+        for block in range(3):
+            await client.unwrap(volume_id, [(FILE, "block", 1, wrapped[40 * block :][:40], block)])
+            assert lines(str(where), "unwrap")[-1].files[0].blocks == ((block, 1),)
+        assert max(path.name for path in (where / volume_id.hex()).glob("*.log")) == "00000002.log"
+        [own, of_volume] = (await verified(client, str(where))).verdicts
+        assert not own.damage
+        if harm is not exchange:
+            assert of_volume.damage == ["file 1: missing"]
+        [begin] = [line for line in lines(str(where), "begin") if "previous-gone" in line.detail]
+        assert begin.detail["file"] == 2
+
+
+async def test_a_log_that_is_gone_and_cannot_be_begun_again_refuses_keys(
+    serve_here: ServeHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve_here() as served, open_agent(served.path) as client:
+        where = Path(directory(served))
+        volume_id, _ = await create(client)
+        _, _, wrapped = await client.generate(volume_id, FILE, "block", 1)
+        (where / volume_id.hex() / "00000001.log").unlink()
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "link", full)
+            for _ in range(2):
+                with pytest.raises(AuditUnavailable, match="No space left"):
+                    await client.unwrap(volume_id, [(FILE, "block", 1, wrapped, 0)])
+            [_, of_volume] = (await verified(client, str(where))).verdicts
+            assert of_volume.damage == ["file 1, byte 0: it was removed while it was written"]
+        await client.unwrap(volume_id, [(FILE, "block", 1, wrapped, 0)])
+        assert len(lines(str(where), "unwrap")) == 1
 
 
 async def test_rubbish_and_refused_connections_are_on_the_record(serve_here: ServeHere) -> None:

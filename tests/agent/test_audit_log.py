@@ -14,7 +14,7 @@ from cryptfs.agent.audit_file import Reading, Sealing, read_frames
 from cryptfs.agent.audit_log import AuditLog, file_name, file_numbers
 from cryptfs.crypto.secret import Secret
 from cryptfs.errors import AuditUnavailable
-from cryptfs.format.audit import AuditLine, Touched, decode_line
+from cryptfs.format.audit import LINE_MAX_BYTES, AuditLine, Touched, decode_line
 from cryptfs.format.log import HEADER_BYTES
 from cryptfs.ops.audit_verify import FileReport, Verdict, judge
 from tests.agent.conftest import StillClock
@@ -310,3 +310,28 @@ def test_what_is_no_directory_of_ours_is_refused(directory: str) -> None:
     first(directory).chmod(0o600)
     os.rename(first(directory), first(directory, 7))
     assert verdict(directory).damage
+
+
+def test_a_line_that_readers_would_not_take_is_not_written(directory: str) -> None:
+    log = opened(directory)
+    with pytest.raises(AuditUnavailable, match="too long"):
+        log.append(b"x" * LINE_MAX_BYTES + b"\n")
+    log.append(line(1))
+    log.close()
+    assert numbers(directory) == [1]
+    assert not verdict(directory).damage
+
+
+@pytest.mark.parametrize("word", ['bl"ock', "block\n", "", "Block", "b" * 33])
+def test_a_word_that_is_none_does_not_get_into_a_line(word: str) -> None:
+    with pytest.raises(ValueError, match="no word"):
+        AuditLine(1, "unwrap", "ok", VOLUME, None, (Touched(b"f" * 16, word, 1),)).encode()
+    with pytest.raises(ValueError, match="no word"):
+        AuditLine(1, word, "ok").encode()
+
+
+def test_no_file_is_begun_that_no_reader_would_find(directory: str) -> None:
+    written(directory, 1)
+    (Path(directory) / "99999999.log").write_bytes(b"not ours")
+    with pytest.raises(AuditUnavailable, match="highest number"):
+        opened(directory)
