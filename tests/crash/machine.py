@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
 from unittest import mock
 
 from cryptfs.fs import directory, journal, rotation, volume
@@ -16,28 +15,11 @@ from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.randomness import SeededRandom
 from cryptfs.testing.volumes import SampleVolume
 from tests.fs.tree import Tree
-
-T = TypeVar("T")
+from tests.threadless import without_threads
 
 BLOCK = 4096
 SIDECAR_DIRS = 4
 """Instead of 256: a crash test copies the whole disk for every state it looks at."""
-
-
-async def _in_thread(self: FsContext, call: Callable[..., T], *args: object) -> T:
-    return call(*args)
-
-
-async def _in_threads(self: FsContext, calls: Sequence[tuple[Callable[[int], None], int]]) -> None:
-    """One after the other. A cut between two of them is in any case one of the states that a cut before both leaves."""
-    errors = []
-    for call, fd in calls:
-        try:
-            call(fd)
-        except OSError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
 
 
 _dir_fd = FsContext.dir_fd
@@ -50,15 +32,11 @@ def _fewer_dirs(self: FsContext, *names: bytes) -> int:
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """While this lasts, the same operations make the same store calls in the same order."""
+def few_directories() -> Iterator[None]:
+    """While this lasts, volumes have `SIDECAR_DIRS` directories of sidecars, as `new_volume` makes them."""
     with ExitStack() as patches:
         for owner, name, value in (
-            (FsContext, "in_thread", _in_thread),
-            (FsContext, "in_threads", _in_threads),
             (FsContext, "dir_fd", _fewer_dirs),
-            (directory, "_COMPACT_MIN_BYTES", -(1 << 30)),
-            (journal, "_COMPACT_MIN_BYTES", -(1 << 30)),
             (rotation, "SIDECAR_DIRS", SIDECAR_DIRS),
             (rotation, "_DIRS_AT_ONCE", SIDECAR_DIRS),
         ):
@@ -66,6 +44,18 @@ def repeatable() -> Iterator[None]:
         patches.enter_context(
             mock.patch.object(volume, "range", mock.Mock(return_value=range(SIDECAR_DIRS)), create=True)
         )
+        yield
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """While this lasts, the same operations make the same store calls in the same order."""
+    with (
+        without_threads(),
+        few_directories(),
+        mock.patch.object(directory, "_COMPACT_MIN_BYTES", -(1 << 30)),
+        mock.patch.object(journal, "_COMPACT_MIN_BYTES", -(1 << 30)),
+    ):
         yield
 
 

@@ -8,6 +8,15 @@ from collections.abc import Iterator
 import pytest
 
 from cryptfs.fs import directory, journal
+from tests.crash.machine import few_directories
+from tests.threadless import without_threads
+
+
+@pytest.fixture(autouse=True)
+def _small_and_in_order() -> Iterator[None]:
+    """The k-th call is always the same one, and no run spends its time on opening 256 directories."""
+    with without_threads(), few_directories():
+        yield
 
 
 @pytest.fixture(autouse=True)

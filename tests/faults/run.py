@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from cryptfs.fs.epoch import read_state
+from cryptfs.store.disk_model import Order
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.volumes import SampleVolume
 from cryptfs.types import Purpose
+from tests.crash.machine import new_volume
 from tests.faults.driver import Driver
 from tests.faults.faulty import Faults
-from tests.faults.workload import BLOCK, Handles, Model, Step, prepare, workload
+from tests.faults.workload import Handles, Model, Step, prepare, workload
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 TRIES = 3
@@ -26,8 +28,8 @@ _PREPARED: tuple[MemoryStore, SampleVolume, Model] | None = None
 
 async def _prepare() -> None:
     global _PREPARED  # noqa: PLW0603 - made once
-    store, sample, model = MemoryStore(), SampleVolume(block_size=BLOCK), Model()
-    await sample.create(store)
+    model = Model()
+    sample, store = await new_volume(Order.DIRECTORY)
     driver = await Driver.mount(store, sample)
     await prepare(driver, model)
     assert await driver.unmount()
