@@ -28,7 +28,8 @@ bench: install  ## cryptfs, gocryptfs and the plain directory side by side; ARGS
 	$(PYTHON) -m scripts.bench $(ARGS)
 
 # Each worker has directories, agents and mounts of its own; ARGS='-n 0' runs everything in one process.
-PYTEST := $(PYTHON) -m pytest -n auto --dist worksteal
+# Tests start some thousand Python programs: what each of them imports is compiled once, whatever the environment says.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n auto --dist worksteal
 
 test: install  ## every test
 	$(PYTEST) -m 'not torture' $(ARGS)
