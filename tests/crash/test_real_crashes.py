@@ -19,7 +19,7 @@ from tests.mount.box import Box, boxed
 pytestmark = pytest.mark.mount
 
 SEED = 1
-KILLS = 20
+KILLS = 8
 AGENT_KILLS = 3
 POWER_CUTS = 4
 LONGEST_S = 0.4

@@ -6,12 +6,15 @@ import json
 import os
 import random
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
+from cryptfs.cli import rotating
+from cryptfs.cli.mounts import wait_until
+from cryptfs.ops.info import read_volume
 from tests.mount.box import Box
 
 FILES = 40
@@ -68,11 +71,17 @@ def status(box: Box) -> dict[str, object]:
 
 
 def wait_for(box: Box, *states: str, limit_s: float = 90) -> dict[str, object]:
-    """Until the rotation is in one of these."""
-    end = time.monotonic() + limit_s
-    while (now := status(box))["state"] not in states:
-        assert time.monotonic() < end, now
-        time.sleep(0.2)
+    """Until the rotation is in one of these; what `status` says then. The agent is asked without starting a command."""
+    volume = read_volume(box.vault)
+
+    def is_there() -> bool:
+        known = rotating.known(volume)
+        return known is not None and known.report is not None and known.report.state in states
+
+    with mock.patch.dict(os.environ, box.environment):
+        there = wait_until(is_there, limit_s)
+    now = status(box)
+    assert there, now
     return now
 
 
