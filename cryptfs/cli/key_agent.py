@@ -10,15 +10,16 @@ import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cryptfs import paths
-from cryptfs.cli import agent_process
+from cryptfs.cli import agent_process, plain_agent
+from cryptfs.cli.plain_agent import NotReached
 from cryptfs.errors import AgentUnavailable
 
 if TYPE_CHECKING:
     from cryptfs.format.policy import Policy
-    from cryptfs.keys.agent_answers import Report
+    from cryptfs.keys.agent_answers import AgentStatus, Report
     from cryptfs.keys.agent_client import AgentClient, LockOutcome, VolumeStatus
     from cryptfs.keys.audit_requests import About
     from cryptfs.keys.edit_requests import VolumeWish
@@ -27,10 +28,6 @@ T = TypeVar("T")
 Request = Callable[["AgentClient"], Awaitable[T]]
 
 CONNECT_ATTEMPTS = 3
-
-
-class _NotReachedError(Exception):
-    """No connection to an agent came about: nothing was asked yet."""
 
 
 async def _once(request: Request[T]) -> T:
@@ -44,7 +41,7 @@ async def _once(request: Request[T]) -> T:
     except AgentUnavailable as error:
         if reached:
             raise
-        raise _NotReachedError(str(error)) from error
+        raise NotReached(str(error)) from error
 
 
 def _run(request: Request[T]) -> T:
@@ -55,12 +52,17 @@ def _run(request: Request[T]) -> T:
 
 def ask(request: Request[T]) -> T:
     """Ask an agent, starting one if needed. Raises what the request raises, or `AgentUnavailable`."""
+    return _reaching(lambda: _run(request))
+
+
+def _reaching(ask_once: Callable[[], T]) -> T:
+    """`ask_once` with an agent that runs, again as long as it raises `NotReached`."""
     why = ""
     for _attempt in range(CONNECT_ATTEMPTS):
         agent_process.ensure_running()
         try:
-            return _run(request)
-        except _NotReachedError as error:
+            return ask_once()
+        except NotReached as error:
             why = str(error)
             time.sleep(0.1)
     raise AgentUnavailable(why)
@@ -72,13 +74,12 @@ def _ask_running(request: Request[T], otherwise: T) -> T:
         return otherwise
     try:
         return _run(request)
-    except _NotReachedError:
+    except NotReached:
         return otherwise
 
 
 def held() -> Sequence[VolumeStatus]:
     """The volumes that the agent holds a key for or that are attached to it."""
-    from cryptfs.cli import plain_agent
     from cryptfs.keys.agent_answers import get_volumes
 
     return plain_agent.ask("status", {}, get_volumes, ())
@@ -86,7 +87,6 @@ def held() -> Sequence[VolumeStatus]:
 
 def reports() -> Mapping[bytes, tuple[Policy | None, Report | None]]:
     """Of each volume that is unlocked or mounted: its policy, and what its daemon says of its cache."""
-    from cryptfs.cli import plain_agent
     from cryptfs.keys.agent_answers import get_reports
 
     nobody: Mapping[bytes, tuple[Policy | None, Report | None]] = {}
@@ -95,11 +95,14 @@ def reports() -> Mapping[bytes, tuple[Policy | None, Report | None]]:
 
 def pid() -> int | None:
     """The agent's process, if one runs."""
+    status = _status()
+    return None if status is None else status.pid
 
-    async def request(client: AgentClient) -> int | None:
-        return (await client.status()).pid
 
-    return _ask_running(request, None)
+def _status() -> AgentStatus | None:
+    from cryptfs.keys.agent_answers import get_status
+
+    return plain_agent.ask("status", {}, get_status, None)
 
 
 def about() -> About | None:
@@ -111,12 +114,8 @@ def about() -> About | None:
 
 def ending_pid() -> int | None:
     """The process of an agent that will end by itself in a moment, as it holds nothing."""
-
-    async def request(client: AgentClient) -> int | None:
-        status = await client.status()
-        return status.pid if status.exit_when_empty and not status.volumes else None
-
-    return _ask_running(request, None)
+    status = _status()
+    return status.pid if status is not None and status.exit_when_empty and not status.volumes else None
 
 
 def find(volume_id: bytes) -> VolumeStatus | None:
@@ -144,12 +143,14 @@ def unlock(
     `shredding`: its shred secret, unless the agent keeps it. Raises `WrongSecret`, `VolumeDamaged`,
     `UnsupportedFormat`, `ShredSecretMissing`, `Denied`, `BackendUnavailable`, `AgentUnavailable`.
     """
-    ask(
-        lambda client: client.unlock(
-            volume=volume_file, cipher_dir=str(cipher_dir), secret=secret, kind=kind, protector_id=protector_id,
-            shred_secret=shredding, for_s=for_s, idle_s=idle_s,
-        )
+    from cryptfs.keys.agent_answers import get_unlocked
+    from cryptfs.keys.edit_requests import KDF_PATIENCE_S, unlock_args
+
+    args = unlock_args(
+        volume_file, str(cipher_dir), secret, kind=kind, protector_id=protector_id, shred_secret=shredding, for_s=for_s,
+        idle_s=idle_s,
     )  # fmt: skip
+    _reaching(lambda: plain_agent.tell("unlock", args, get_unlocked, patience_s=KDF_PATIENCE_S))
 
 
 @functools.cache
@@ -158,7 +159,7 @@ def locked_ahead() -> tuple[bytes | None, LockOutcome]:
 
     Which one the path means is still to be seen: the agent goes by what it was told when it got the key.
     """
-    from cryptfs.cli import lock_first, plain_agent
+    from cryptfs.cli import lock_first
     from cryptfs.keys.agent_answers import LockOutcome, get_located_lock
 
     nothing: tuple[bytes | None, LockOutcome] = None, LockOutcome(was_unlocked=False, unwritten=0)
@@ -168,7 +169,6 @@ def locked_ahead() -> tuple[bytes | None, LockOutcome]:
 
 def lock(volume_id: bytes) -> LockOutcome:
     """Make daemon and agent forget every key of the volume; how that ended."""
-    from cryptfs.cli import plain_agent
     from cryptfs.keys.agent_answers import LockOutcome, get_lock_outcome
 
     ahead, outcome = locked_ahead()
@@ -179,11 +179,7 @@ def lock(volume_id: bytes) -> LockOutcome:
 
 def keep(volume_id: bytes, *, keep: bool) -> None:
     """Whether the KEK stays when the volume's daemon ends."""
-
-    async def request(client: AgentClient) -> None:
-        await client.request("keep", {"volume_id": volume_id, "keep": keep})
-
-    _ask_running(request, None)
+    plain_agent.ask("keep", {"volume_id": volume_id, "keep": keep}, _nothing, None)
 
 
 def shred(volume_file: bytes, given: bytes) -> bool:
@@ -199,7 +195,11 @@ def shred(volume_file: bytes, given: bytes) -> bool:
 
 def stop() -> None:
     """Make the agent forget every key and end."""
-    _ask_running(lambda client: client.stop(), None)
+    plain_agent.ask("stop", {}, _nothing, None)
+
+
+def _nothing(_result: Mapping[str, Any]) -> None:
+    return
 
 
 def create_volume(cipher_dir: Path, new: VolumeWish, *, keep: bool = False) -> None:

@@ -1,6 +1,6 @@
-"""Asking the agent without an event loop: for `lock`, of which every tenth of a second counts.
+"""Asking the agent without an event loop: importing trio takes as long as everything else that `cryptfs lock` does.
 
-Importing trio takes as long as everything else that `cryptfs lock` does. Only for requests that carry no secret.
+`ask` is for requests that carry no secret and may be made twice. `tell` makes one once, after a look at who listens.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from cryptfs import paths
 from cryptfs.cli import agent_process
 from cryptfs.errors import AgentUnavailable, CryptfsError, ProtocolError
+from cryptfs.format.agent_codes import error_of
 from cryptfs.format.agent_msg import AnswerDecoder, Failure, Reply, encode_request
+from cryptfs.keys.agent_answers import get_hello
+from cryptfs.keys.agent_socket import connected
 
 T = TypeVar("T")
 
@@ -19,6 +23,10 @@ PATIENCE_S = 30.0
 ATTEMPTS = 4
 """An agent that is ending hangs up on connections it has, then on those that wait to be accepted, then is gone."""
 _RECV_BYTES = 64 << 10
+
+
+class NotReached(Exception):
+    """No connection to an agent came about: nothing was asked yet."""
 
 
 def ask(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T], otherwise: T) -> T:
@@ -48,9 +56,45 @@ def answered(sock: socket.socket, read: Callable[[Mapping[str, Any]], T], otherw
     with sock:
         sock.settimeout(PATIENCE_S)
         try:
-            return read(_answer(sock))
+            return read(_result(_answer(sock)))
         except (OSError, EOFError, CryptfsError):
             return otherwise
+
+
+def tell(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T], *, patience_s: float) -> T:
+    """One request's result, as `read` has it, from an agent that is the user's own and has answered `hello` first.
+
+    The request may carry a secret and is made once. Raises `NotReached` as long as it was not made, `NotPermitted`,
+    `AgentUnavailable`, and what the agent's refusal stands for.
+    """
+    try:
+        sock = connected(paths.agent_socket())
+    except AgentUnavailable as error:
+        raise NotReached(str(error)) from None
+    with sock:
+        sock.settimeout(PATIENCE_S)
+        decoder = AnswerDecoder()
+        try:
+            sock.sendall(encode_request(1, "hello", {"role": "cli"}))
+            hello = _answer(sock, decoder)
+            if isinstance(hello, Reply):
+                get_hello(hello.result)
+        except (OSError, EOFError, ProtocolError) as error:
+            raise NotReached(f"the key agent does not answer: {error}") from None
+        _result(hello)
+        sock.settimeout(patience_s)
+        try:
+            sock.sendall(encode_request(2, verb, args))
+            answer = _answer(sock, decoder)
+            if isinstance(answer, Reply):
+                return read(answer.result)
+        except ProtocolError as error:
+            raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
+        except TimeoutError:
+            raise AgentUnavailable("the key agent does not answer") from None
+        except (OSError, EOFError) as error:
+            raise AgentUnavailable(f"the key agent is gone: {error}") from None
+    raise error_of(answer.code, answer.message)
 
 
 def _ask_once(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -60,19 +104,26 @@ def _ask_once(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
             return None
         try:
             sock.sendall(encode_request(1, verb, args))
-            return _answer(sock)
+            answer = _answer(sock)
         except ConnectionError:
             raise
         except (OSError, ProtocolError) as error:
             raise AgentUnavailable(f"the key agent does not answer: {error}") from None
+    return _result(answer)
 
 
-def _answer(sock: socket.socket) -> Mapping[str, Any]:
-    decoder = AnswerDecoder()
+def _result(answer: Reply | Failure) -> Mapping[str, Any]:
+    """Raises what a refusal stands for."""
+    if isinstance(answer, Failure):
+        raise error_of(answer.code, answer.message)
+    return answer.result
+
+
+def _answer(sock: socket.socket, decoder: AnswerDecoder | None = None) -> Reply | Failure:
+    """The next answer; events are nothing to us. `decoder`: the connection's, if more than one is expected on it."""
+    decoder = AnswerDecoder() if decoder is None else decoder
     while data := sock.recv(_RECV_BYTES):
         for answer in decoder.feed(data):
-            if isinstance(answer, Reply):
-                return answer.result
-            if isinstance(answer, Failure):
-                raise CryptfsError(answer.message)
+            if isinstance(answer, Reply | Failure):
+                return answer
     raise EOFError("it hung up")

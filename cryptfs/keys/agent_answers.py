@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cryptfs.errors import ProtocolError, UnsupportedFormat, VolumeDamaged
+from cryptfs.format.agent_msg import PROTOCOL_VERSION
 from cryptfs.format.policy import Policy, parse_policy
 from cryptfs.types import DELETED, ID_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
 
@@ -133,6 +134,23 @@ def get_kit(row: object, sizes: tuple[int, ...]) -> Kit:
     if any(type(part) is not bytes or len(part) != size for part, size in zip(row, sizes, strict=True)):
         raise ProtocolError("a kit's part has a wrong size")
     return (row[0], row[1], row[2], row[3], row[4], row[5], row[6])
+
+
+def get_hello(result: Mapping[str, Any]) -> int:
+    """The agent's pid. Raises `ProtocolError` if it speaks another version, or for anything else."""
+    if get_int(result, "version") != PROTOCOL_VERSION:
+        raise ProtocolError(f"not protocol version {PROTOCOL_VERSION}")
+    return get_int(result, "pid")
+
+
+def get_status(result: Mapping[str, Any]) -> AgentStatus:
+    """The result of `status`. Raises `ProtocolError` for anything else."""
+    return AgentStatus(get_int(result, "pid"), get_bool(result, "exit_when_empty"), get_volumes(result))
+
+
+def get_unlocked(result: Mapping[str, Any]) -> tuple[bytes, int]:
+    """The result of `unlock`: volume id and KEK version. Raises `ProtocolError` for anything else."""
+    return get_bin(result, "volume_id", ID_BYTES), get_int(result, "kek_version")
 
 
 def get_lock_outcome(result: Mapping[str, Any]) -> LockOutcome:

@@ -13,7 +13,6 @@ from typing import Any
 import trio
 
 from cryptfs.errors import ProtocolError
-from cryptfs.format.agent_msg import PROTOCOL_VERSION
 from cryptfs.keys.agent_answers import (
     AgentStatus,
     Attached,
@@ -25,13 +24,16 @@ from cryptfs.keys.agent_answers import (
     get_bin,
     get_bool,
     get_floors,
+    get_hello,
     get_int,
     get_kit,
     get_lock_outcome,
-    get_volumes,
+    get_status,
+    get_unlocked,
 )
-from cryptfs.keys.agent_connection import AgentConnection, connected_socket
-from cryptfs.keys.edit_requests import KDF_PATIENCE_TICKS, VolumeWish
+from cryptfs.keys.agent_connection import AgentConnection
+from cryptfs.keys.agent_socket import connected
+from cryptfs.keys.edit_requests import KDF_PATIENCE_TICKS, VolumeWish, unlock_args
 from cryptfs.types import DEK_BYTES, ID_BYTES, NAMES_KEY_BYTES, WRAPPED_BYTES, WRAPPED_NAMES_BYTES
 
 __all__ = ["AgentClient", "AgentStatus", "Kit", "LockOutcome", "VolumeStatus", "connect", "open_agent"]
@@ -44,9 +46,7 @@ class AgentClient(AgentConnection):
         """Say who we are (`cli` or `daemon`); the agent's pid."""
         result = await self.request("hello", {"role": role})
         with self.rubbish_is_loss():
-            if get_int(result, "version") != PROTOCOL_VERSION:
-                raise ProtocolError(f"not protocol version {PROTOCOL_VERSION}")
-            return get_int(result, "pid")
+            return get_hello(result)
 
     async def create(self, new: VolumeWish) -> bytes:
         """A new volume: the bytes of its whole `volume` file. The agent holds its KEK afterwards."""
@@ -75,19 +75,13 @@ class AgentClient(AgentConnection):
         Raises `WrongSecret`; `VolumeDamaged` if the secret is right but the file was changed; `UnsupportedFormat`,
         `ShredSecretMissing`.
         """
-        args = {
-            "volume": volume,
-            "cipher_dir": os.fsencode(cipher_dir),
-            "secret": bytes(secret),
-            "for_s": for_s,
-            "idle_s": idle_s,
-            "kind": kind,
-            "protector_id": protector_id,
-            "shred_secret": bytes(shred_secret),
-        }
+        args = unlock_args(
+            volume, cipher_dir, secret, kind=kind, protector_id=protector_id, shred_secret=shred_secret, for_s=for_s,
+            idle_s=idle_s,
+        )  # fmt: skip
         result = await self.request("unlock", args, patience_ticks=KDF_PATIENCE_TICKS)
         with self.rubbish_is_loss():
-            return get_bin(result, "volume_id", ID_BYTES), get_int(result, "kek_version")
+            return get_unlocked(result)
 
     async def lock(self, volume_id: bytes) -> bool:
         """Have the agent lock the volume, its daemon first; whether it was unlocked."""
@@ -111,7 +105,7 @@ class AgentClient(AgentConnection):
         """The agent and its volumes."""
         result = await self.request("status", {})
         with self.rubbish_is_loss():
-            return AgentStatus(get_int(result, "pid"), get_bool(result, "exit_when_empty"), get_volumes(result))
+            return get_status(result)
 
     async def attach(self, *, volume_id: bytes, cipher_dir: str, mountpoint: str, volume: bytes) -> Attached:
         """Make this connection the volume's daemon. When the connection ends, the KEK is forgotten.
@@ -230,7 +224,7 @@ async def connect(
     `on_push` is called with each event, between two awaits of the loop: it must neither block nor raise. Raises
     `AgentUnavailable` if no agent answers; `NotPermitted` if the socket or the agent is another user's.
     """
-    client = AgentClient(connected_socket(socket_path), on_push, linger=linger)
+    client = AgentClient(connected(socket_path), on_push, linger=linger)
     nursery.start_soon(client.run)
     try:
         await client.hello(role)

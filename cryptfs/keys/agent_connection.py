@@ -9,20 +9,17 @@ and so does every later one: to reconnect, make a new one.
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import trio
 
 from cryptfs.crypto.secret import overwrite
-from cryptfs.errors import AgentUnavailable, NotPermitted, ProtocolError
+from cryptfs.errors import AgentUnavailable, ProtocolError
 from cryptfs.format.agent_codes import error_of
 from cryptfs.format.agent_msg import Answer, AnswerDecoder, Failure, Push, Reply, encode_request
-from cryptfs.paths import socket_address
 from cryptfs.sending import Sender
 
 RECV_BYTES = 64 << 10
@@ -35,7 +32,6 @@ LINGERS_IN_A_ROW = 16
 TICK_S = 10.0
 PATIENCE_TICKS = 2
 """A request unanswered for this many ticks means that the agent hangs."""
-_UCRED = struct.Struct("iII")
 
 
 class _Waiting:
@@ -50,7 +46,7 @@ class _Waiting:
 
 
 class AgentConnection:
-    """Over a socket of `connected_socket`; `run` must be running."""
+    """Over a socket of `agent_socket.connected`; `run` must be running."""
 
     def __init__(
         self,
@@ -234,30 +230,6 @@ class AgentConnection:
         except ProtocolError as error:
             self._lose(f"the key agent sent rubbish: {error}")
             raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
-
-
-def connected_socket(path: str) -> socket.socket:
-    """Non-blocking, to the agent that listens at `path` and is the user's own. Raises as `agent_client.connect`."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # A Unix socket connects at once or not at all: only a full backlog would make it wait, and then it refuses.
-        sock.settimeout(0)
-        with socket_address(path) as address:
-            sock.connect(address)
-        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        # Whoever listens gets passphrases from us: it must be ourselves, whatever the socket file's owner.
-        if uid != os.geteuid():
-            raise NotPermitted(f"the key agent at {path} belongs to another user (uid {uid})")
-    except PermissionError:
-        sock.close()
-        raise NotPermitted(f"the key agent's socket {path} belongs to another user") from None
-    except OSError as error:
-        sock.close()
-        raise AgentUnavailable(f"no key agent answers at {path}: {error.strerror}") from None
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _bytes_in(value: object) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ The edits return the file's new bytes; they count once those are in place and `c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,25 @@ ParamValue = int | str | bytes
 
 KDF_PATIENCE_TICKS = 60
 """For requests that run a KDF, perhaps behind another one."""
+KDF_PATIENCE_S = 600.0
+"""The same for who waits without a loop that ticks."""
+
+
+def unlock_args(
+    volume: bytes, cipher_dir: str, secret: bytes | bytearray, *, kind: str, protector_id: bytes = b"",
+    shred_secret: bytes | bytearray = b"", for_s: int | None = None, idle_s: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of `unlock`; what they mean says `AgentClient.unlock`."""
+    return {
+        "volume": volume,
+        "cipher_dir": os.fsencode(cipher_dir),
+        "secret": bytes(secret),
+        "for_s": for_s,
+        "idle_s": idle_s,
+        "kind": kind,
+        "protector_id": protector_id,
+        "shred_secret": bytes(shred_secret),
+    }
 
 
 @dataclass(frozen=True, slots=True)

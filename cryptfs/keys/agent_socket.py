@@ -1,0 +1,36 @@
+"""A socket to the user's own agent, for whoever has an event loop and whoever has none."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+from cryptfs.errors import AgentUnavailable, NotPermitted
+from cryptfs.paths import socket_address
+
+_UCRED = struct.Struct("iII")
+
+
+def connected(path: str) -> socket.socket:
+    """Non-blocking, to the agent that listens at `path` and is the user's own. Raises as `agent_client.connect`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A Unix socket connects at once or not at all: only a full backlog would make it wait, and then it refuses.
+        sock.settimeout(0)
+        with socket_address(path) as address:
+            sock.connect(address)
+        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        # Whoever listens gets passphrases from us: it must be ourselves, whatever the socket file's owner.
+        if uid != os.geteuid():
+            raise NotPermitted(f"the key agent at {path} belongs to another user (uid {uid})")
+    except PermissionError:
+        sock.close()
+        raise NotPermitted(f"the key agent's socket {path} belongs to another user") from None
+    except OSError as error:
+        sock.close()
+        raise AgentUnavailable(f"no key agent answers at {path}: {error.strerror}") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
