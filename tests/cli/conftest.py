@@ -108,4 +108,5 @@ def cryptfs(xdg_dirs: XdgDirs, short_tmp: Path) -> Iterator[Cryptfs]:
     """The command; an agent still running at the end is stopped."""
     command = Cryptfs(short_tmp)
     yield command
-    command.run("agent", "stop", code=None)
+    if command.agent_pids():
+        command.run("agent", "stop", code=None)
