@@ -19,8 +19,10 @@ from tests.mount.box import Box
 Crash = Callable[[Box, random.Random], None]
 
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
-WRITING_S = 20.0
+WRITING_S = 60.0
 """Writers that nobody stops end after this."""
+FIRST_MAX = 30
+"""So many acknowledgements are waited for at most: on a slow disk, a time alone might pass without any."""
 REMEMBERED = 3
 """So many earlier rounds are looked at again: a crash must not touch what was at rest."""
 
@@ -42,7 +44,7 @@ class Rounds:
     number: int = 0
 
     def play(self, *, longest_s: float) -> None:
-        """One more. The crash comes up to `longest_s` seconds after the first acknowledgement."""
+        """One more. The crash comes up to `longest_s` seconds after one of the first acknowledgements."""
         self.number += 1
         seed = self.seed * 1000 + self.number
         rng = random.Random(seed)
@@ -53,7 +55,8 @@ class Rounds:
             sync_directory(path)
         command = [sys.executable, "-m", "tests.crash.writer", str(top), str(logs), str(seed), str(WRITING_S)]
         with subprocess.Popen(command, cwd=SOURCE_ROOT, start_new_session=True) as writers:
-            wait_for(lambda: any(path.stat().st_size for path in logs.iterdir()), WRITING_S)
+            first = rng.randint(1, FIRST_MAX)
+            wait_for(lambda: acknowledged(logs) >= first, WRITING_S)
             time.sleep(rng.uniform(0, longest_s))
             if self.stop_writers:
                 os.killpg(writers.pid, signal.SIGSTOP)
@@ -86,7 +89,7 @@ def wait_for(ready: Callable[[], bool], limit_s: float) -> None:
     """Look until it is so."""
     end = time.monotonic() + limit_s
     while not ready():
-        assert time.monotonic() < end, "the writers have not begun"
+        assert time.monotonic() < end, "the writers get nowhere"
         time.sleep(0.01)
 
 
