@@ -43,6 +43,8 @@ DOMAINS_DIR = "domains"
 """Where the cipher directories of a volume's domains lie, each under its volume id in hexadecimal (FORMAT.md §2)."""
 DOMAIN_ASIDE = ".aside"
 """Ends such a name while the domain is made or removed."""
+DOMAIN_SHREDDED = "shredded"
+"""An empty file in its cipher directory that says it was: so there is nothing in it that anybody could want to keep."""
 DOMAIN_XATTR = b"system.cryptfs.domain"
 """Of a domain's place in a mount: its volume id in hexadecimal. Setting it makes an empty directory that place."""
 

@@ -206,9 +206,15 @@ def domains_of(path: Path, given: Given) -> list[dict[str, Any]]:
         {
             "path": os.fsdecode(places[domain_id]) if domain_id in places else None,
             "volume_id": domain_id.hex(),
-            "state": states.get(domain_id, "locked") if domain_id in there else "missing",
+            "state": _state(cipher_dir, domain_id, states) if domain_id in there else "missing",
             "cipher_dir": str(domain_dir(cipher_dir, domain_id)),
         }
         for domain_id in {*there, *places}
     ]
     return sorted(rows, key=lambda row: (row["path"] is None, row["path"] or "", row["volume_id"]))
+
+
+def _state(cipher_dir: Path, domain_id: bytes, states: dict[bytes, str]) -> str:
+    from cryptfs.ops.domains import domain_dir, was_shredded
+
+    return "shredded" if was_shredded(domain_dir(cipher_dir, domain_id)) else states.get(domain_id, "locked")

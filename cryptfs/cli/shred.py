@@ -2,6 +2,8 @@
 
 What a crash leaves, in the order of things: nothing done; the shred secret destroyed, so that nothing opens the volume
 or a copy of it; the `volume` file overwritten as well, which where there is no shred secret makes this copy noise.
+Of a domain a file is left before all that which says so (`DOMAIN_SHREDDED`): without the `volume` file it lets `rmdir`
+remove the domain's directory, beside one it means nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def shred(dir: Path, path: Path | None, *, yes: bool, given: Given) -> None:  # 
         for each in (*inner, cipher_dir):
             _destroy(each, part=part)
     if part:
-        ui.done(f"the domain is shredded; once it is unmounted, {cipher_dir} can be removed, and then its directory")
+        ui.done("the domain is shredded; `rmdir` of its directory in the mounted volume removes what is left of it")
     else:
         ui.done(f"{cipher_dir} is shredded: what lies there is noise, and can be removed")
 
@@ -70,6 +72,7 @@ def _domain_in(dir: Path, path: Path, given: Given) -> Path:  # noqa: A002
 def _destroy(cipher_dir: Path, *, part: bool) -> None:
     from cryptfs.cli import key_agent
     from cryptfs.format.volume import parse_volume
+    from cryptfs.ops.domains import say_shredded
     from cryptfs.ops.volume_file import VolumeEdit
 
     with VolumeEdit.of(cipher_dir) as edit:
@@ -79,6 +82,8 @@ def _destroy(cipher_dir: Path, *, part: bool) -> None:
             key_agent.lock(volume.volume_id)
         else:
             _check_idle(cipher_dir, volume)
+        if part:
+            say_shredded(cipher_dir)
         _destroy_secret(volume, edit.data)
         edit.overwrite()
 

@@ -27,6 +27,7 @@ from cryptfs.fs.domain import (
     aside_name,
     domains_fd,
     find_name,
+    is_shredded,
     make_place,
     put_aside,
     put_in_place,
@@ -233,7 +234,15 @@ class Domains:
 
     @asynccontextmanager
     async def removing(self, place: Inode, domain_id: bytes) -> AsyncIterator[None]:
-        """See `Namespace.removing_domain`: the domain must be unlocked and empty, and stays so while its place goes."""
+        """See `Removing.removing_domain`: the domain must be unlocked and empty, and stays so while its place goes.
+
+        Or shredded: then nobody can look into it, and it goes with all that is in it.
+        """
+        if await self._volume.ctx.in_thread(is_shredded, self._volume.ctx, domain_id):
+            log.warning("inode %d: the place of a shredded domain is removed, and what is left of it", place.ino)
+            yield
+            self._put_aside(place, domain_id)
+            return
         try:
             part = await self.enter(place, domain_id)
         except Damaged as error:
@@ -251,15 +260,22 @@ class Domains:
                     raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
                 yield
                 node.removed, root.last_st = True, without_links(root_stat(volume))
-        opened = self._open.pop(domain_id)
+        self._put_aside(place, domain_id)
+
+    def _put_aside(self, place: Inode, domain_id: bytes) -> None:
+        """After a domain's place is gone."""
+        opened = self._open.pop(domain_id, None)
+        if opened is None:
+            opened = _Open(domain_id, place.ino)
+            opened.over.set()
         self._session.routing.unplace(place.ino)
         try:
             put_aside(self._volume.ctx, domain_id)
-        except OSError as error:
+        except (OSError, Damaged) as error:
             log.warning("domain %s is removed, and its directory could not be put aside: %s", domain_id.hex(), error)
             return
         self._removed.append(opened)
-        if not volume.inodes.with_files():
+        if opened.part is None or not opened.part.volume.inodes.with_files():
             self._nursery.start_soon(self._bury, opened)
 
     async def _bury(self, opened: _Open) -> None:

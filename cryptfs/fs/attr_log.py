@@ -123,9 +123,7 @@ async def write_xattrs(ctx: FsContext, log_id: bytes, known: AttrLog | None, xat
         ctx.freshness.wrote(log_id, generation)
         with ctx.freshness.doubted_on_failure(log_id):
             await ctx.in_thread(ctx.store.fdatasync, fd)
-            if log_id in ctx.renamed_logs:
-                await ctx.in_thread(ctx.store.fsync, where)
-                ctx.renamed_logs.pop(log_id, None)
+            await sync_name(ctx, log_id)
             live = sum(len(each.sealed) for each in (known.target, xattrs) if each is not None)
             if log.end > _COMPACT_MIN_BYTES + 4 * live:
                 generation = ctx.next_generation()
@@ -172,6 +170,14 @@ async def rotate_attr_log(ctx: FsContext, log_id: bytes, known: AttrLog, kek_ver
         key[:] = bytes(len(key))
         ctx.store.close(log.fd)
     return xattrs
+
+
+async def sync_name(ctx: FsContext, log_id: bytes) -> None:
+    """Make it durable that a log that was replaced has its name. Raises OSError. Nobody else changes it meanwhile."""
+    if log_id in ctx.renamed_logs:
+        with ctx.freshness.doubted_on_failure(log_id):
+            await ctx.in_thread(ctx.store.fsync, ctx.sidecar_dir(log_id))
+        ctx.renamed_logs.pop(log_id, None)
 
 
 async def make_attr_log(ctx: FsContext, log_id: bytes, xattrs: Sealed | None) -> None:

@@ -148,12 +148,15 @@ class DirNode(DirLoading):
             self.xattrs is None or self.xattrs.kek_version >= kek_version
         )
 
-    async def rotate(self, kek_version: int, prepare: Callable[[DirNode], Awaitable[None]]) -> None:
+    async def rotate(
+        self, kek_version: int, prepare: Callable[[DirNode], Awaitable[None]], *, at_once: bool = False
+    ) -> None:
         """Rewrite the log under the newest KEK, at least `kek_version`, with a new MAC key; nothing to do if it is.
 
-        `prepare` as for `compact`. The new log is on disk; that it has the name is not durable before the directory's
-        next sync. It need not be: what comes into the tree later does not outlast a crash without it. Raises OSError,
-        key errors; then the log is as it was.
+        `prepare` as for `compact`, `at_once` as for `Journal.rotate`. Without it, that the new log has the name is not
+        durable before the directory's next sync. It need not be: what comes into the tree later does not outlast a
+        crash without it. Raises OSError, key errors; then the log is as it was, or, if only the last sync failed, the
+        new one.
         """
         self.pins += 1
         try:
@@ -162,6 +165,8 @@ class DirNode(DirLoading):
                     await prepare(self)
                     async with self._syncing:
                         await self._rotate(Rewrapping(self.ctx.keys, self.dir_id, kek_version))
+                        if at_once:
+                            await self._replaced()
         finally:
             self.pins -= 1
 

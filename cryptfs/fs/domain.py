@@ -8,7 +8,7 @@ The place's log names the domain's volume id, and holds nothing else. Order of m
 4. `<id>.aside` becomes `<id>`: a domain either way, `<id>.aside` counts where there is no `<id>`.
 
 Removing one goes back the same way: the place goes, `<id>` becomes `<id>.aside`, and that is deleted when the removal
-of the place is durable.
+of the place is durable. One that was shredded cannot be looked into, and goes with all that is in it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import stat
 from contextlib import suppress
 
 from cryptfs.errors import Damaged
-from cryptfs.fs.context import FsContext
+from cryptfs.format.volume import FILE_MAX_BYTES
+from cryptfs.fs.context import FsContext, open_ours
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.volume import Volume
 from cryptfs.fs.xattr import open_set, seal_set
-from cryptfs.types import DOMAIN_ASIDE, DOMAINS_DIR, ID_BYTES, Kind
+from cryptfs.types import DOMAIN_ASIDE, DOMAIN_SHREDDED, DOMAINS_DIR, ID_BYTES, Kind
 
-DOMAINS, ASIDE = DOMAINS_DIR.encode(), DOMAIN_ASIDE.encode()
+DOMAINS, ASIDE, SHREDDED = DOMAINS_DIR.encode(), DOMAIN_ASIDE.encode(), DOMAIN_SHREDDED.encode()
 
 
 MISSING = "domain-missing"
@@ -66,6 +67,45 @@ def find_name(ctx: FsContext, domain_id: bytes) -> bytes:
     raise Damaged(MISSING, f"domains/{domain_id.hex()} is not there")
 
 
+def is_shredded(ctx: FsContext, domain_id: bytes) -> bool:
+    """Whether `shred` destroyed the domain: it said so, and there is no `volume` file but one of zeros.
+
+    Blocks. Raises OSError; a domain that is not there at all was not shredded.
+    """
+    try:
+        return is_shredded_at(ctx, find_name(ctx, domain_id))
+    except Damaged:
+        return False
+
+
+def is_shredded_at(ctx: FsContext, name: bytes) -> bool:
+    """The same for a domain by its name in `domains/`."""
+    store = ctx.store
+    try:
+        fd = store.open(domains_fd(ctx), name, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        store.lstat(fd, SHREDDED)
+        return _is_gone(ctx, fd)
+    except (FileNotFoundError, Damaged):
+        return False
+    finally:
+        store.close(fd)
+
+
+def _is_gone(ctx: FsContext, fd: int) -> bool:
+    """Whether there is no `volume` file in the directory behind `fd`, or one that a crash left of its destruction."""
+    try:
+        volume = open_ours(ctx.store, fd, b"volume", os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        return not any(ctx.store.pread(volume, FILE_MAX_BYTES, 0))
+    finally:
+        ctx.store.close(volume)
+
+
 def put_in_place(ctx: FsContext, domain_id: bytes) -> None:
     """After its place names it: `<id>.aside` becomes `<id>`. Blocks. Raises OSError."""
     where = domains_fd(ctx)
@@ -76,6 +116,8 @@ def put_in_place(ctx: FsContext, domain_id: bytes) -> None:
 def put_aside(ctx: FsContext, domain_id: bytes) -> None:
     """After its place is gone: no place that is there again after a crash misses it. Raises OSError."""
     where = domains_fd(ctx)
+    if find_name(ctx, domain_id) == aside_name(domain_id):
+        return
     ctx.store.rename(where, domain_id.hex().encode(), where, aside_name(domain_id))
 
 

@@ -115,11 +115,12 @@ class Journal(Syncing):
         blocks = all(e.home == POISON or e.kek_version >= kek_version for e in self.state.blocks)
         return self.kek_version >= kek_version and attrs and blocks
 
-    async def rotate(self, kek_version: int, pause: Callable[[], Awaitable[None]]) -> None:
+    async def rotate(self, kek_version: int, pause: Callable[[], Awaitable[None]], *, at_once: bool = False) -> None:
         """Rewrite the log under the newest KEK, at least `kek_version`, with a new MAC key; nothing to do if it is.
 
-        The new log is on disk before it takes the old one's name; that it has it is durable with the file's next fsync
-        or the next sync of everything (`FsContext.renamed_logs`), and both say the same until then.
+        The new log is on disk before it takes the old one's name; that it has it is durable when this returns with
+        `at_once`, else with the file's next fsync or the next sync of everything (`FsContext.renamed_logs`): both say
+        the same until then, but whoever syncs anything next may have to wait for that, too.
         `pause` is awaited between requests to the agent, without a lock. Raises as `fsync` does; `Damaged` for a file
         of which something is lost: a snapshot would make it forgotten, so such a log stays as it is.
         """
@@ -136,6 +137,8 @@ class Journal(Syncing):
             try:
                 if not self.is_under(kek_version):
                     await self._rotate(anew)
+                    if at_once:
+                        await self._replaced()
             finally:
                 state.lock.release_exclusive()
 

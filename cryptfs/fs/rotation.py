@@ -260,7 +260,7 @@ class Rotation:
         if node.is_under(self.kek_version):
             return False
         self._expected += 1
-        await node.rotate(self.kek_version, self._volume.files.sync_targets)
+        await node.rotate(self.kek_version, self._volume.files.sync_targets, at_once=self._at_once)
         return True
 
     async def _one_arrival(self, parent: Inode, log_id: bytes, wanted: AbstractSet[bytes]) -> None:
@@ -279,6 +279,14 @@ class Rotation:
                 await self._walk(inode, wanted)
             finally:
                 self._let_go(inode)
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether each log is made durable by itself. A program's next fsync would wait for what was left undone here.
+
+        Above all for the old log's blocks to be freed, where the file system discards them (ext4(5), `discard`).
+        """
+        return not self._pace.hurries
 
     # one thing -------------------------------------------------------------------------------------------------
 
@@ -314,7 +322,7 @@ class Rotation:
             async with self._volume.reaper.burying:
                 if not _is_in(node, entry):
                     return False
-                await self._volume.xattrs.rotate(inode, self.kek_version)
+                await self._volume.xattrs.rotate(inode, self.kek_version, at_once=self._at_once)
                 return True
         finally:
             self._let_go(inode)
@@ -327,7 +335,7 @@ class Rotation:
                 await file.journal.load(to_read=False)
             if file.journal.is_under(self.kek_version):
                 return False
-            await file.journal.rotate(self.kek_version, turn.rest)
+            await file.journal.rotate(self.kek_version, turn.rest, at_once=self._at_once)
             return True
         finally:
             await self._volume.files.release(inode)

@@ -23,7 +23,7 @@ from cryptfs.errors import Damaged
 from cryptfs.format.sidecar import Sealed
 from cryptfs.format.xattrs import NAME_MAX_BYTES, SET_MAX_BYTES, VALUE_MAX_BYTES, decode_xattrs, encode_xattrs
 from cryptfs.fs import acl
-from cryptfs.fs.attr_log import find_attr_log, is_under, rotate_attr_log, write_xattrs
+from cryptfs.fs.attr_log import find_attr_log, is_under, rotate_attr_log, sync_name, write_xattrs
 from cryptfs.fs.attributes import Changes
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.directory import pinned
@@ -287,7 +287,7 @@ class Xattrs:
             inode.know_xattrs(xattrs)
             await self.files.touch(inode)
 
-    async def rotate(self, inode: Inode, kek_version: int) -> None:
+    async def rotate(self, inode: Inode, kek_version: int, *, at_once: bool = False) -> None:
         """Have a symlink's or special file's sidecar, if there is one, be under this KEK or a newer one.
 
         When that is durable: see `Journal.rotate`. Raises `Damaged`, OSError, key errors.
@@ -299,6 +299,8 @@ class Xattrs:
             if known is not None and not is_under(known, kek_version):
                 inode.xattrs_known = False
                 inode.know_xattrs(await rotate_attr_log(self.ctx, inode.log_id, known, kek_version))
+                if at_once:
+                    await sync_name(self.ctx, inode.log_id)
 
     async def quiet(self) -> None:
         """Wait until whatever changes now has changed."""

@@ -34,7 +34,7 @@ from cryptfs.types import Kind
 _WORKERS = 2
 _BATCH_FILES = 64
 _BATCH_BYTES = 32 << 20
-_TOP_LEVEL = frozenset({b"volume", b"state", b"tree", b"sidecars", b"tmp", b"damaged", b"domains"})
+_TOP_LEVEL = frozenset({b"volume", b"state", b"tree", b"sidecars", b"tmp", b"damaged", b"domains", b"shredded"})
 
 
 async def check_volume(

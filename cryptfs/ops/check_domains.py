@@ -9,7 +9,7 @@ import os
 
 from cryptfs.errors import Damaged
 from cryptfs.fs.context import FsContext
-from cryptfs.fs.domain import ASIDE, DOMAINS, domains_fd, find_name, id_in_name
+from cryptfs.fs.domain import ASIDE, DOMAINS, domains_fd, find_name, id_in_name, is_shredded_at
 from cryptfs.fs.reaper import remove_tree
 from cryptfs.names import DIR_LOG, DIR_LOG_NEW
 from cryptfs.ops.check_report import Finding, Severity, What
@@ -48,7 +48,7 @@ def unnamed(ctx: FsContext, places: dict[bytes, bytes], *, all_seen: bool) -> li
         path, domain_id = DOMAINS + b"/" + name, id_in_name(name)
         if domain_id is None:
             out.append(Finding(Severity.NOTICE, What.FOREIGN, path, "foreign", "not a domain's name"))
-        elif name.endswith(ASIDE) and all_seen and _is_empty(ctx, name):
+        elif name.endswith(ASIDE) and all_seen and (_is_empty(ctx, name) or is_shredded_at(ctx, name)):
             detail = "a domain that was being made or removed"
             out.append(Finding(Severity.LEFTOVER, What.UNFINISHED, path, "domain", detail, domain_id))
         else:

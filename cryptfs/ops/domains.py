@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
-from cryptfs.types import DOMAIN_ASIDE, DOMAINS_DIR, ID_BYTES
+from cryptfs import durable
+from cryptfs.errors import StoreFailed
+from cryptfs.types import DOMAIN_ASIDE, DOMAIN_SHREDDED, DOMAINS_DIR, ID_BYTES
 
 
 def domain_dir(cipher_dir: Path, domain_id: bytes) -> Path:
@@ -32,6 +35,25 @@ def is_domain(cipher_dir: Path) -> bool:
     above = cipher_dir.parent
     name = cipher_dir.name.removesuffix(DOMAIN_ASIDE)
     return above.name == DOMAINS_DIR and _id(name) is not None and (above.parent / "volume").exists()
+
+
+def say_shredded(cipher_dir: Path) -> None:
+    """Leave word that a domain was shredded, durably. Means something once its `volume` file is gone.
+
+    Raises `StoreFailed`.
+    """
+    path = cipher_dir / DOMAIN_SHREDDED
+    try:
+        with contextlib.suppress(FileExistsError):
+            durable.write_new(path, b"")
+        durable.sync_directory(cipher_dir)
+    except OSError as error:
+        raise StoreFailed(f"{path} cannot be made: {error.strerror}") from error
+
+
+def was_shredded(cipher_dir: Path) -> bool:
+    """Whether a domain's cipher directory says so, and has no `volume` file any more."""
+    return (cipher_dir / DOMAIN_SHREDDED).exists() and not (cipher_dir / "volume").exists()
 
 
 def _id(name: str) -> bytes | None:

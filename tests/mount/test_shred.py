@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cryptfs.cli.mounts import wait_until
 from tests.mount.box import PASSPHRASE, Box, boxed
+from tests.mount.domains import domains
+from tests.mount.syscalls import refused
 from tests.softhsm import MODULE, PIN, SoftHsm
 
 SHRED_SECRET_MISSING = 29
@@ -252,3 +257,74 @@ def test_a_domain_named_by_its_path_while_nothing_is_mounted(bare: Box) -> None:
     bare.mount()
     assert (bare.clear / "menu").read_text() == "soup"
     bare.umount()
+
+
+def test_rmdir_of_a_shredded_domain_removes_what_is_left_of_it(bare: Box) -> None:
+    bare.init()
+    bare.mount()
+    path = domain_in(bare)
+    [inner] = (bare.vault / "domains").iterdir()
+    with (path / "salaries").open("rb") as open_file:
+        bare.run("shred", "--yes", path)
+        assert [row["state"] for row in domains(bare)] == ["shredded"]
+        path.rmdir()
+        assert os.listdir(bare.clear) == ["menu"]
+        # What somebody has open of it goes with the mount, or with him, and shows nothing.
+        with pytest.raises(OSError, match="key"):
+            os.pread(open_file.fileno(), 4, 0)
+    path.mkdir()
+    (path / "file").write_text("of the volume itself")
+    bare.remount()
+    assert (path / "file").read_text() == "of the volume itself"
+    assert not inner.exists()
+    assert os.listdir(bare.vault / "domains") == []
+    bare.umount()
+    assert "clean" in bare.run("check", "--deep", bare.vault).stdout
+
+
+def test_a_shredded_domain_that_is_not_open_goes_as_well_and_its_copies_do_not(bare: Box) -> None:
+    bare.init()
+    bare.mount()
+    path = domain_in(bare)
+    bare.umount()
+    [inner] = (bare.vault / "domains").iterdir()
+    volume = (inner / "volume").read_bytes()
+    bare.run("shred", "--yes", bare.vault, "payroll")
+    assert (inner / "shredded").read_bytes() == b""
+    (inner / "volume").write_bytes(volume)
+    bare.mount()
+    # Somebody put the file back: it is not gone, whatever the other one says.
+    with refused(errno.ENOKEY):
+        path.rmdir()
+    (inner / "volume").unlink()
+    (inner / "shredded").rename(inner / "hidden")
+    with refused(errno.EIO):
+        path.rmdir()
+    (inner / "hidden").rename(inner / "shredded")
+    # What a crash leaves of the file's destruction.
+    (inner / "volume").write_bytes(bytes(len(volume)))
+    subprocess.run(["rm", "-rf", path], check=True)
+    assert wait_until(lambda: not os.listdir(bare.vault / "domains"), 10)
+    bare.umount()
+    assert "clean" in bare.run("check", bare.vault).stdout
+
+
+def test_a_daemon_killed_after_removing_a_shredded_domain(bare: Box) -> None:
+    bare.init()
+    bare.mount()
+    path = domain_in(bare)
+    [inner] = (bare.vault / "domains").iterdir()
+    bare.run("shred", "--yes", path)
+    path.rmdir()
+    bare.kill_daemon()
+    if not inner.exists() and not inner.with_name(inner.name + ".aside").exists():
+        # It was quicker: as the kill would have left it otherwise.
+        aside = inner.with_name(inner.name + ".aside")
+        (aside / "tree").mkdir(parents=True)
+        (aside / "tree" / "noise").write_bytes(b"noise")
+        (aside / "shredded").touch()
+    bare.mount()
+    assert os.listdir(bare.clear) == ["menu"]
+    bare.umount()
+    bare.run("check", "--repair", bare.vault, code=24)
+    assert os.listdir(bare.vault / "domains") == []
