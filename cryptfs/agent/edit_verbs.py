@@ -119,6 +119,7 @@ class Editing:
 
     async def _destroy_keks(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume")
+        await self._refuse_older(self._checked(args))
         volume = self._checked(args)
         await self._audit.rewrap(volume.volume_id, volume.kek_version, self._keyring.keks(volume.volume_id))
         return await self._edited(args, editing.without_old_keks)
@@ -126,9 +127,7 @@ class Editing:
     async def _commit(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume")
         volume = self._checked(args)
-        record = await self._records.opened(volume.volume_id)
-        if volume.serial < record.seen.serial or volume.kek_version < record.seen.kek_version:
-            raise RolledBack("the volume file is older than this machine has seen it")
+        await self._refuse_older(volume)
         # The floor first: if we die here, the old file is refused already, and the new one is durable in its place.
         await self._records.change(volume.volume_id, Changes(seen=Seen(volume.serial, volume.kek_version, 0)))
         # Once more: it may have been locked meanwhile.
@@ -154,6 +153,11 @@ class Editing:
             self._keyring, arg.get_id(args, "volume_id"), arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
         )
 
+    async def _refuse_older(self, volume: Volume) -> None:
+        record = await self._records.opened(volume.volume_id)
+        if volume.serial < record.seen.serial or volume.kek_version < record.seen.kek_version:
+            raise RolledBack("the volume file is older than this machine has seen it")
+
     async def _edited_with_secret(
         self, args: Args, work: Callable[[Unlocked, Secret, Secret | None], Unlocked]
     ) -> dict[str, Any]:
@@ -171,6 +175,8 @@ class Editing:
 
     async def _edited(self, args: Args, work: Callable[[Unlocked], Unlocked]) -> dict[str, Any]:
         """What `work` makes of the volume, as its file's bytes. A KEK that is new there waits for `commit`."""
+        # First of all: what is made of an older file would be newer than any, and take back what was removed since.
+        await self._refuse_older(self._checked(args))
         volume = self._checked(args)
         data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
         # Copies: if the volume is locked while the thread works, the keyring's own turn to zeros under it.

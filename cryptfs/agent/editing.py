@@ -17,6 +17,7 @@ from cryptfs.agent.unlocking import (
     Providers,
     Unlocked,
     check_label,
+    check_shred,
     make_protector,
     open_protector,
     seal_kek,
@@ -48,8 +49,12 @@ def with_feature(now: Unlocked, feature: str) -> Unlocked:
 def with_protector(
     now: Unlocked, new: NewProtector, secret: Secret, providers: Providers, random: Random, shred: Secret | None
 ) -> Unlocked:
-    """One protector more. Raises `UsageError` (label taken, too many, ephemeral), and as `make_protector` does."""
+    """One protector more.
+
+    Raises `UsageError` (label taken, too many, ephemeral), `ShredSecretMissing`, and as `make_protector` does.
+    """
     volume = now.volume
+    check_shred(volume, shred)
     if volume.ephemeral:
         raise UsageError("an ephemeral volume has no protectors: its key is never stored")
     check_label(volume, new.label)
@@ -71,8 +76,12 @@ def without_protector(now: Unlocked, protector_id: bytes) -> Unlocked:
 def with_changed_protector(
     now: Unlocked, protector_id: bytes, new: NewProtector, secret: Secret, providers: Providers, shred: Secret | None
 ) -> Unlocked:
-    """A protector of the same id and kind with another secret or root key, label and parameters as `new` says."""
+    """A protector of the same id and kind with another secret or root key, label and parameters as `new` says.
+
+    Raises as `with_protector`.
+    """
     volume = now.volume
+    check_shred(volume, shred)
     old = _named(volume, protector_id)
     if new.kind != old.kind:
         raise UsageError(f"the protector {old.label!r} is of kind {old.kind}: add another one and remove this one")
@@ -89,9 +98,14 @@ def with_new_kek(
     """A new KEK version that wraps every new key; protectors that none of `carried` opens are left out.
 
     Each key must open the protector of its id, and wraps the new version there; the older versions stay until nothing
-    needs them. Raises `WrongSecret`, `UsageError` (nothing is carried over, too many versions).
+    needs them. Raises `WrongSecret`, `ShredSecretMissing`, `UsageError` (nothing is carried over, too many versions,
+    ephemeral).
     """
     volume = now.volume
+    if volume.ephemeral:
+        # What is stored nowhere cannot be wrapped anew: the older versions would be lost, and all that is under them.
+        raise UsageError("an ephemeral volume has a new key at every mount: there is nothing to rotate")
+    check_shred(volume, shred)
     version = volume.kek_version + 1
     if len(now.keks) >= KEK_VERSIONS_MAX:
         raise UsageError(f"a volume has at most {KEK_VERSIONS_MAX} KEK versions: destroy the old ones first")
@@ -109,7 +123,7 @@ def with_new_kek(
         finally:
             root.close()
         protectors.append(replace(old, keks=(*old.keks, WrappedKey(version, wrapped))))
-    if not protectors and not volume.ephemeral:
+    if not protectors:
         raise UsageError("no protector is carried over: nothing would open the volume any more")
     in_order = tuple(p for o in volume.protectors for p in protectors if p.protector_id == o.protector_id)
     return _edited(

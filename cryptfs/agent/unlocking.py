@@ -133,7 +133,10 @@ def make_protector(
     new: NewProtector, protector_id: bytes, volume_id: bytes, keks: Mapping[int, Secret], secret: Secret,
     providers: Providers, shred: Secret | None,
 ) -> Protector:  # fmt: skip
-    """A protector that holds all of `keks`, each unwrapped once to see that it can be. Raises as `create_volume`."""
+    """A protector that holds all of `keks`, each unwrapped once to see that it can be. Raises as `create_volume`.
+
+    `shred` is the volume's (`check_shred`): what is sealed with another one, or with none, is not what `volume` says.
+    """
     provider = _provider(providers, new.kind)
     params = provider.new_params(new.wish)
     root = provider.open(params, secret.view())

@@ -136,6 +136,19 @@ def test_a_shred_secret_is_needed_besides_the_protector() -> None:
         opened(both, b"neither", SHRED)
 
 
+@pytest.mark.parametrize("other", [None, bytes(32), SHRED[:-1] + b"x"])
+def test_nothing_is_sealed_with_another_shred_secret_or_without_one(other: bytes | None) -> None:
+    first = made(SHRED)
+    shred = None if other is None else Secret.of(other)
+    for edit in (
+        lambda: editing.with_protector(first, new("second"), Secret.of(b"two"), PROVIDERS, os.urandom, shred),
+        lambda: editing.with_changed_protector(first, ids(first)[0], new("first"), Secret.of(b"two"), PROVIDERS, shred),
+        lambda: editing.with_new_kek(first, carried(first, b"one"), PROVIDERS, os.urandom, shred),
+    ):
+        with pytest.raises(ShredSecretMissing):
+            edit()
+
+
 def test_an_ephemeral_volume_is_opened_by_nothing() -> None:
     nobodys = create_volume(NewVolume(4096, None, 7), Secret.of(b""), PROVIDERS, os.urandom)
     assert parse_volume(nobodys.data).ephemeral
@@ -143,6 +156,8 @@ def test_an_ephemeral_volume_is_opened_by_nothing() -> None:
         opened(nobodys, b"one")
     with pytest.raises(UsageError, match="ephemeral"):
         added(nobodys, "second", b"two")
+    with pytest.raises(UsageError, match="ephemeral"):
+        rotated(nobodys)
 
 
 REFUSED: dict[str, tuple[type[CryptfsError], Callable[[Unlocked], object]]] = {
