@@ -59,7 +59,7 @@ _GUARDED = frozenset({"attach", "generate", "kits", "unwrap", "rewrap", "keep"})
 _CHANGES = frozenset(
     {
         "accept", "accept-volume", "policy-set", "feature-add", "protector-add", "protector-remove", "protector-change",
-        "rotate-kek", "destroy-keks", "commit", "shred",
+        "rotate-kek", "destroy-keks", "commit", "shred", "shred-id",
     }
 )  # fmt: skip
 """Recorded before they are done, and again with their outcome."""

@@ -35,7 +35,7 @@ def volume_of(verb: str, args: Mapping[str, Any], result: Mapping[str, Any] | No
         if type(volume_id) is bytes and len(volume_id) == ID_BYTES:
             return volume_id
     data = args.get("volume")
-    if verb in ("unlock", "shred") and type(data) is bytes and len(data) <= FILE_MAX_BYTES:
+    if verb in ("unlock", "shred", "shred-check") and type(data) is bytes and len(data) <= FILE_MAX_BYTES:
         with suppress(CryptfsError):
             return parse_volume(data).volume_id
     return None

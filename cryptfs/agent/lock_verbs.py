@@ -18,7 +18,7 @@ from cryptfs.agent.threads import Threads
 from cryptfs.agent.volume_args import get_shred_secret
 from cryptfs.agent.volumes import Volumes
 from cryptfs.errors import ProtocolError, VolumeBusy
-from cryptfs.format.volume import FILE_MAX_BYTES, parse_volume
+from cryptfs.format.volume import FILE_MAX_BYTES, Volume, parse_volume
 
 
 class Locking:
@@ -34,6 +34,8 @@ class Locking:
             "lock": self._lock,
             "lock-path": self._lock_path,
             "shred": self._shred_volume,
+            "shred-check": self._shred_check,
+            "shred-id": self._shred_id,
             "stop": self._stop,
         }
 
@@ -63,13 +65,29 @@ class Locking:
 
     async def _shred_volume(self, peer: Peer, args: Args) -> dict[str, Any]:
         """Destroy the volume's shred secret where that is the agent's to do, and lock the volume."""
+        volume, given = self._to_shred(args)
+        return await self._destroyed(peer, volume.volume_id, lambda: self._places.destroy(volume, given))
+
+    async def _shred_check(self, _peer: Peer, args: Args) -> dict[str, Any]:
+        """Whether `shred` would have a secret to destroy, for which it is read, and no more."""
+        volume, given = self._to_shred(args)
+        return {"there": await self._threads.ask_root(lambda: self._places.check(volume, given))}
+
+    async def _shred_id(self, peer: Peer, args: Args) -> dict[str, Any]:
+        """The same for a volume of which only the id is known, if its secret lies here."""
+        arg.expect(args, "volume_id")
+        volume_id = arg.get_id(args, "volume_id")
+        return await self._destroyed(peer, volume_id, lambda: self._places.destroy_kept(volume_id))
+
+    def _to_shred(self, args: Args) -> tuple[Volume, bytes]:
         arg.expect(args, "volume", "shred_secret")
-        volume = parse_volume(arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES))
-        given, volume_id = get_shred_secret(args), volume.volume_id
+        return parse_volume(arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)), get_shred_secret(args)
+
+    async def _destroyed(self, peer: Peer, volume_id: bytes, destroy: Callable[[], bool]) -> dict[str, Any]:
         if volume_id in self._volumes.attached and self._volumes.keyring.holds(volume_id):
             raise VolumeBusy("the volume is mounted, and not locked")
         # Before the lock: if we die in between, the secret is gone and so is the agent's memory.
-        destroyed = await self._threads.ask_root(lambda: self._places.destroy(volume, given))
+        destroyed = await self._threads.ask_root(destroy)
         await self._volumes.locks.lock(volume_id, f"process {peer.pid} shreds it")
         return {"destroyed": destroyed}
 

@@ -85,25 +85,32 @@ class ShredPlaces:
         finally:
             root.close()
 
-    def destroy(self, volume: Volume, given: bytes) -> bool:
-        """Destroy the secret, unless it lies in a file, which is the owner's to destroy; whether that was done.
-
-        `volume` need not be authentic: a token's key is destroyed only if it opens this volume's secret. Raises
-        `ShredSecretMissing`, and what a token raises.
-        """
-        if volume.shred is None or volume.shred.kind == KEYFILE:
-            return False
-        if volume.shred.kind == AGENT:
-            return self._store.destroy(volume.volume_id)
+    def check(self, volume: Volume, given: bytes) -> bool:
+        """Whether the volume's secret is there. Raises `ShredSecretMissing` if another one is, what a token raises."""
         found = self.find(volume, given)
-        if found is None:
+        if found is None or volume.shred is None:
             return False
         with found:
             if shred_check(found.view(), volume.volume_id) != volume.shred.check:
-                raise ShredSecretMissing("the token's key does not hold this volume's shred secret")
+                raise ShredSecretMissing("this is not the volume's shred secret")
+        return True
+
+    def destroy(self, volume: Volume, given: bytes) -> bool:
+        """Destroy the secret, unless it lies in a file, which is the owner's to destroy; whether that was done.
+
+        `volume` need not be authentic: what is destroyed is what opens this volume (`check`, raises as that).
+        """
+        if not self.check(volume, given) or volume.shred is None or volume.shred.kind == KEYFILE:
+            return False
+        if volume.shred.kind == AGENT:
+            return self._store.destroy(volume.volume_id)
         params, _ = _split(volume.shred.params)
         self._destroyer(volume.shred.kind).destroy(params, given)
         return True
+
+    def destroy_kept(self, volume_id: bytes) -> bool:
+        """Destroy what this agent keeps for a volume whose file nobody can read any more; whether there was one."""
+        return self._store.destroy(volume_id)
 
     def _wrapped(
         self, kind: str, wish: Mapping[str, ParamValue], given: bytes, volume_id: bytes, secret: Secret

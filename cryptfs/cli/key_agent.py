@@ -186,11 +186,25 @@ def shred(volume_file: bytes, given: bytes) -> bool:
     """Have the agent destroy a volume's shred secret and forget its key; whether there was one. `given`: a token's PIN.
 
     Starts an agent if none runs: it alone answers for its state directory. Raises `AgentUnavailable`, `VolumeBusy`,
-    `AuditUnavailable`.
+    `AuditUnavailable`, `ShredSecretMissing`, what a token raises.
     """
     from cryptfs.keys import edit_requests
 
     return ask(lambda client: edit_requests.shred(client, volume_file, given))
+
+
+def check_shred(volume_file: bytes, given: bytes) -> bool:
+    """Whether there is a shred secret for `shred` to destroy, and it is the volume's. Raises as that."""
+    from cryptfs.keys import edit_requests
+
+    return ask(lambda client: edit_requests.check_shred(client, volume_file, given))
+
+
+def shred_id(volume_id: bytes) -> bool:
+    """Have the agent destroy the shred secret that it keeps for this volume; whether there was one."""
+    from cryptfs.keys import edit_requests
+
+    return ask(lambda client: edit_requests.shred_id(client, volume_id))
 
 
 def stop() -> None:

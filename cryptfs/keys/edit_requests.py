@@ -144,10 +144,24 @@ async def commit(client: AgentClient, volume_id: bytes, volume: bytes) -> int:
 async def shred(client: AgentClient, volume: bytes, shred_secret: bytes = b"") -> bool:
     """Destroy the shred secret that the agent or a token keeps, and lock the volume; whether there was one.
 
-    `shred_secret`: the token's PIN. Raises `VolumeBusy` while it is mounted, `ShredSecretMissing`, what a token raises.
+    `shred_secret`: the token's PIN, or a key file's content. Raises `VolumeBusy` while it is mounted,
+    `ShredSecretMissing` if it is another volume's, what a token raises.
     """
     args = {"volume": volume, "shred_secret": shred_secret}
     result = await client.request("shred", args, patience_ticks=KDF_PATIENCE_TICKS)
+    return bool(result.get("destroyed"))
+
+
+async def check_shred(client: AgentClient, volume: bytes, shred_secret: bytes = b"") -> bool:
+    """Whether there is a shred secret to destroy, and it is the volume's. Raises as `shred`, but for `VolumeBusy`."""
+    args = {"volume": volume, "shred_secret": shred_secret}
+    result = await client.request("shred-check", args, patience_ticks=KDF_PATIENCE_TICKS)
+    return bool(result.get("there"))
+
+
+async def shred_id(client: AgentClient, volume_id: bytes) -> bool:
+    """As `shred`, for a volume whose file cannot be read: what the agent itself keeps for it."""
+    result = await client.request("shred-id", {"volume_id": volume_id})
     return bool(result.get("destroyed"))
 
 

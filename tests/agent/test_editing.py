@@ -140,11 +140,12 @@ def test_a_shred_secret_is_needed_besides_the_protector() -> None:
 def test_nothing_is_sealed_with_another_shred_secret_or_without_one(other: bytes | None) -> None:
     first = made(SHRED)
     shred = None if other is None else Secret.of(other)
-    for edit in (
+    edits: list[Callable[[], object]] = [
         lambda: editing.with_protector(first, new("second"), Secret.of(b"two"), PROVIDERS, os.urandom, shred),
         lambda: editing.with_changed_protector(first, ids(first)[0], new("first"), Secret.of(b"two"), PROVIDERS, shred),
         lambda: editing.with_new_kek(first, carried(first, b"one"), PROVIDERS, os.urandom, shred),
-    ):
+    ]
+    for edit in edits:
         with pytest.raises(ShredSecretMissing):
             edit()
 
