@@ -127,6 +127,26 @@ async def test_a_locked_volume_or_an_edited_file_is_not_edited(serve_here: Serve
             await edits.set_policy(client, volume_id, data, {"max_age_s": 5})
 
 
+async def test_nothing_is_made_of_an_older_file(serve_here: ServeHere) -> None:
+    """It would be newer than any, and bring back the protector that was removed."""
+    async with serve_here() as served, open_agent(served.path) as client:
+        volume_id, data = await created(client)
+        both = await edits.add_protector(client, volume_id, data, SECOND)
+        await edits.commit(client, volume_id, both)
+        first = parse_volume(both).protectors[0].protector_id
+        left = await edits.remove_protector(client, volume_id, both, first)
+        await edits.commit(client, volume_id, left)
+        for edit in (
+            edits.set_policy(client, volume_id, both, {"max_age_s": 5}),
+            edits.add_protector(client, volume_id, both, ProtectorWish("fake", "third", b"three", {"cost": "low"})),
+            edits.rotate_kek(client, volume_id, both, [(first, b"one")]),
+            edits.destroy_keks(client, volume_id, both),
+        ):
+            with pytest.raises(RolledBack):
+                await edit
+        await edits.set_policy(client, volume_id, left, {"max_age_s": 5})
+
+
 async def test_a_shred_secret_kept_by_the_agent(serve_here: ServeHere) -> None:
     async with serve_here() as served, open_agent(served.path) as client:
         volume_id, data = await created(client, shred_kind="agent")
@@ -134,11 +154,19 @@ async def test_a_shred_secret_kept_by_the_agent(serve_here: ServeHere) -> None:
         await edits.commit(client, volume_id, both)
         await client.lock(volume_id)
         await client.unlock(volume=both, cipher_dir="/c", secret=b"two")
+        assert await edits.check_shred(client, both)
         assert await edits.shred(client, both)
+        assert not await edits.check_shred(client, both)
         for file, secret in ((data, b"one"), (both, b"one"), (both, b"two")):
             with pytest.raises(ShredSecretMissing):
                 await client.unlock(volume=file, cipher_dir="/c", secret=secret)
         assert not await edits.shred(client, both)
+        other_id, other = await created(client, shred_kind="agent")
+        await client.lock(other_id)
+        assert await edits.shred_id(client, other_id)
+        assert not await edits.shred_id(client, other_id)
+        with pytest.raises(ShredSecretMissing):
+            await client.unlock(volume=other, cipher_dir="/c", secret=b"one")
 
 
 async def test_the_policys_times_hold_unless_others_are_given(serve_here: ServeHere) -> None:

@@ -261,6 +261,8 @@ BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
     ("unlock", UNLOCK | {"protector_id": bytes(17)}),
     ("unlock", UNLOCK | {"shred_secret": None}),
     ("shred", {"volume": "", "shred_secret": b""}),
+    ("shred-check", {"volume": b"", "shred_secret": ""}),
+    ("shred-id", {"volume_id": b"v"}),
     ("policy-set", {"volume_id": b"v" * 16, "volume": b""}),
     ("feature-add", {"volume_id": b"v" * 16, "volume": b""}),
     ("rotate-kek", {"volume_id": b"v" * 16, "volume": b"", "carried": [[b"p" * 16, "x"]], "shred_secret": b""}),

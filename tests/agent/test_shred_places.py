@@ -88,7 +88,20 @@ def test_the_agents_own_and_the_owners_file(places: ShredPlaces) -> None:
     assert content == bytes(range(32))
     assert found(places, kept, bytes(range(32))) == content
     assert found(places, kept, b"") is None
+    assert places.check(kept, bytes(range(32)))
     assert not places.destroy(kept, bytes(range(32)))
+
+
+def test_only_the_volumes_own_secret_is_destroyed(places: ShredPlaces) -> None:
+    kept, _ = volume_with(places, KEYFILE, bytes(range(32)))
+    for call in (places.check, places.destroy):
+        with pytest.raises(ShredSecretMissing, match="not the volume's"):
+            call(kept, bytes(32))
+    mine, content = volume_with(places, KIND)
+    assert mine.shred is not None
+    with pytest.raises(ShredSecretMissing, match="not the volume's"):
+        places.destroy(replace(mine, shred=replace(mine.shred, check=bytes(16))), b"")
+    assert found(places, mine, b"") == content
 
 
 def test_a_place_this_machine_does_not_have(places: ShredPlaces) -> None:
