@@ -18,12 +18,16 @@ FREE = 3
 """Wrong ones in a row that cost nothing: people mistype."""
 DELAY_MAX_S = 30.0
 VOLUMES_MAX = 256
-"""Counted at a time; the volume that has been quiet longest is forgotten first."""
+"""Counted each for itself; all others share one count."""
+QUIET_S = 600.0
+"""After that long without a wrong secret a volume's count may make room for another's: who waited for it would have
+had 20 attempts at `DELAY_MAX_S`, more than the `FREE` ones that begin anew."""
 
 
 @dataclass(slots=True)
 class _Tally:
     failures: int = 0
+    failed_at: float = 0.0
     turn: trio.Lock = field(default_factory=trio.Lock)
     waiting: int = 0
 
@@ -34,23 +38,25 @@ def delay_s(failures: int) -> float:
 
 
 class Attempts:
-    """The counts, in memory: they begin anew with the agent."""
+    """The counts, in memory: they begin anew with the agent.
+
+    Volume ids are the client's word: a file with another id in it can be made at will. So a count is kept only where a
+    secret was wrong, and none is dropped for another's sake before it is old.
+    """
 
     def __init__(self) -> None:
         self._tallies: dict[bytes, _Tally] = {}
+        self._others = _Tally()
+        """For all volumes that find no room."""
 
     @contextlib.asynccontextmanager
-    async def next(self, volume_id: bytes) -> AsyncIterator[int]:
+    async def next(self, volume_id: bytes, *, proves: bool = True) -> AsyncIterator[int]:
         """The caller's turn to try a secret, after the wait; gives how many were wrong before.
 
-        A `WrongSecret` from the block counts as one more, its end without an error as none.
+        A `WrongSecret` from the block counts as one more, its end without an error as none if that `proves` that a
+        secret was right.
         """
-        tally = self._tallies.pop(volume_id, None) or _Tally()
-        self._tallies[volume_id] = tally
-        if len(self._tallies) > VOLUMES_MAX:
-            idle = next((key for key, other in self._tallies.items() if not other.waiting and other is not tally), None)
-            if idle is not None:
-                del self._tallies[idle]
+        tally = self._of(volume_id)
         tally.waiting += 1
         try:
             # One at a time, or many attempts at once would all wait for the same count.
@@ -61,7 +67,26 @@ class Attempts:
                     yield before
                 except WrongSecret:
                     tally.failures += 1
+                    tally.failed_at = trio.current_time()
                     raise
-                tally.failures = 0
+                if proves and tally is not self._others:
+                    tally.failures = 0
         finally:
             tally.waiting -= 1
+            if not tally.waiting and not tally.failures and self._tallies.get(volume_id) is tally:
+                del self._tallies[volume_id]
+
+    def _of(self, volume_id: bytes) -> _Tally:
+        tally = self._tallies.get(volume_id)
+        if tally is not None:
+            return tally
+        if len(self._tallies) >= VOLUMES_MAX:
+            old_s = trio.current_time() - QUIET_S
+            quiet = [key for key, other in self._tallies.items() if not other.waiting and other.failed_at <= old_s]
+            if not quiet:
+                if self._others.failed_at <= old_s:
+                    self._others.failures = 0
+                return self._others
+            del self._tallies[min(quiet, key=lambda key: self._tallies[key].failed_at)]
+        tally = self._tallies[volume_id] = _Tally()
+        return tally

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from cryptfs.agent import args as arg
 from cryptfs.agent import editing
 from cryptfs.agent.args import Args
+from cryptfs.agent.attempts import Attempts
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.freshness import Changes, Records, Seen
 from cryptfs.agent.keyring import Keyring
@@ -41,7 +42,7 @@ class Editing:
     def __init__(  # noqa: PLR0913 - what the verbs work on
         self, *, keyring: Keyring, records: Records, audit: Auditor, attached: MutableMapping[bytes, Attachment],
         providers: Providers, places: ShredPlaces, random: Random, clock: Clock,
-        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]], policies: Policies,
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]], policies: Policies, attempts: Attempts,
     ) -> None:  # fmt: skip
         self._keyring = keyring
         self._records = records
@@ -53,6 +54,7 @@ class Editing:
         self._clock = clock
         self._in_thread = in_thread
         self._policies = policies
+        self._attempts = attempts
         self.verbs: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "policy-set": self._policy_set,
             "feature-add": self._feature_add,
@@ -104,18 +106,19 @@ class Editing:
 
     async def _rotate_kek(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume", "carried", "shred_secret")
-        with ExitStack() as stack:
-            carried = get_keys(args, "carried", stack)
-            volume, given = self._checked(args), get_shred_secret(args)
-            # Wiped by the thread, which outlives a client that leaves.
-            held = stack.pop_all()
+        async with self._attempt(args):
+            with ExitStack() as stack:
+                carried = get_keys(args, "carried", stack)
+                volume, given = self._checked(args), get_shred_secret(args)
+                # Wiped by the thread, which outlives a client that leaves.
+                held = stack.pop_all()
 
-        def rotate(now: Unlocked) -> Unlocked:
-            shred = self._places.find(volume, given)
-            with held, shred or nullcontext():
-                return editing.with_new_kek(now, carried, self._providers, self._random, shred)
+            def rotate(now: Unlocked) -> Unlocked:
+                shred = self._places.find(volume, given)
+                with held, shred or nullcontext():
+                    return editing.with_new_kek(now, carried, self._providers, self._random, shred)
 
-        return await self._edited(args, rotate)
+            return await self._edited(args, rotate)
 
     async def _destroy_keks(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume")
@@ -161,17 +164,25 @@ class Editing:
     async def _edited_with_secret(
         self, args: Args, work: Callable[[Unlocked, Secret, Secret | None], Unlocked]
     ) -> dict[str, Any]:
-        with ExitStack() as stack:
-            secret = stack.enter_context(Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES)))
-            volume, given = self._checked(args), get_shred_secret(args)
-            held = stack.pop_all()
+        async with self._attempt(args):
+            with ExitStack() as stack:
+                secret = stack.enter_context(Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES)))
+                volume, given = self._checked(args), get_shred_secret(args)
+                held = stack.pop_all()
 
-        def edit(now: Unlocked) -> Unlocked:
-            shred = self._places.find(volume, given)
-            with held, shred or nullcontext():
-                return work(now, secret, shred)
+            def edit(now: Unlocked) -> Unlocked:
+                shred = self._places.find(volume, given)
+                with held, shred or nullcontext():
+                    return work(now, secret, shred)
 
-        return await self._edited(args, edit)
+            return await self._edited(args, edit)
+
+    def _attempt(self, args: Args) -> AbstractAsyncContextManager[int]:
+        """The turn of an edit that tries a secret: wrong ones count as those of `unlock` do, or nobody would ask there.
+
+        A right one ends no count: a program without the volume's passphrase knows that of a protector it added.
+        """
+        return self._attempts.next(self._checked(args).volume_id, proves=False)
 
     async def _edited(self, args: Args, work: Callable[[Unlocked], Unlocked]) -> dict[str, Any]:
         """What `work` makes of the volume, as its file's bytes. A KEK that is new there waits for `commit`."""

@@ -38,7 +38,7 @@ class Opening:
 
     def __init__(
         self, *, volumes: Volumes, audit: Auditor, providers: Providers, places: ShredPlaces, threads: Threads,
-        random: Random, clock: Clock,
+        random: Random, clock: Clock, attempts: Attempts,
     ) -> None:  # fmt: skip
         self._volumes = volumes
         self._audit = audit
@@ -47,7 +47,7 @@ class Opening:
         self._threads = threads
         self._random = random
         self._clock = clock
-        self._attempts = Attempts()
+        self._attempts = attempts
         self.verbs: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "create": self._create,
             "unlock": self._unlock,

@@ -20,6 +20,7 @@ import trio
 from cryptfs.agent import args as arg
 from cryptfs.agent.args import Args
 from cryptfs.agent.attach_verbs import Attaching
+from cryptfs.agent.attempts import Attempts
 from cryptfs.agent.audit import Auditor
 from cryptfs.agent.edit_verbs import Editing
 from cryptfs.agent.failures import failure
@@ -62,15 +63,17 @@ class Service:
         self._reports = Reports(volumes.attached)
         self._attaching = Attaching(volumes, records, self._reports)
         self._keys = Keys(volumes, records)
+        attempts = Attempts()
         places = ShredPlaces(shred, providers, random)
         locking = Locking(volumes, places, threads, self.stopping)
         opening = Opening(
             volumes=volumes, audit=audit, providers=providers, places=places, threads=threads, random=random,
-            clock=clock,
+            clock=clock, attempts=attempts,
         )  # fmt: skip
         editing = Editing(
             keyring=volumes.keyring, records=records, audit=audit, attached=volumes.attached, providers=providers,
             places=places, random=random, clock=clock, in_thread=threads.run_kdf, policies=volumes.policies,
+            attempts=attempts,
         )  # fmt: skip
         recording = Recording(volumes.keyring, records, volumes.attached)
         rotations = Rotations(volumes.attached)

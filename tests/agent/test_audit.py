@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from cryptfs.agent import attempts
 from cryptfs.cli.audit_lines import all_lines
 from cryptfs.cli.audit_verdict import Outcome, _verify
-from cryptfs.errors import AuditUnavailable, ProtocolError, VolumeLocked, WrongSecret
+from cryptfs.errors import AuditUnavailable, ProtocolError, UnsupportedFormat, VolumeLocked, WrongSecret
 from cryptfs.format.audit import AuditLine, Touched
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import AgentClient, open_agent
@@ -301,6 +302,42 @@ async def test_many_attempts_at_once_wait_one_after_the_other(autojump_clock: An
         for _ in range(6):
             nursery.start_soon(wrong, tally)
     assert trio.current_time() - began == 1 + 2 + 4
+
+
+async def test_volumes_that_are_made_up_do_not_push_a_count_out(autojump_clock: Any) -> None:  # noqa: ANN401
+    tally = attempts.Attempts()
+    for _ in range(6):
+        await wrong(tally)
+    for number in range(2 * attempts.VOLUMES_MAX):
+        with pytest.raises(UnsupportedFormat):
+            async with tally.next(number.to_bytes(16, "big")):
+                raise UnsupportedFormat("of a kind that there is not")
+    for number in range(attempts.VOLUMES_MAX - 1):
+        with pytest.raises(WrongSecret):
+            async with tally.next(number.to_bytes(16, "big")):
+                raise WrongSecret("no")
+    began = trio.current_time()
+    await wrong(tally)
+    assert trio.current_time() - began == 8
+    # There is no room left: whatever else is tried waits together.
+    for number in range(4):
+        with pytest.raises(WrongSecret):
+            async with tally.next(bytes([255, number]) * 8):
+                raise WrongSecret("no")
+    async with tally.next(b"\xfe" * 16) as before:
+        assert before == 4
+    await trio.sleep(attempts.QUIET_S)
+    async with tally.next(b"\xfe" * 16) as before:
+        assert before == 0, "old counts make room"
+
+
+async def test_a_count_is_not_forgotten_while_somebody_waits(autojump_clock: Any) -> None:  # noqa: ANN401
+    tally = attempts.Attempts()
+    async with trio.open_nursery() as nursery, tally.next(b"v" * 16):
+        nursery.start_soon(wrong, tally)
+        await trio.testing.wait_all_tasks_blocked()
+    async with tally.next(b"v" * 16) as before:
+        assert before == 1
 
 
 async def kill(program: Program, after_s: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 import trio
 
+from cryptfs.agent import attempts
 from cryptfs.errors import (
     ProtocolError,
     RolledBack,
@@ -177,3 +178,31 @@ async def test_the_policys_times_hold_unless_others_are_given(serve_here: ServeH
         [volume] = (await client.status()).volumes
         assert volume.locks_in_s is not None
         assert 3500 < volume.locks_in_s <= 3600
+
+
+async def test_secrets_are_not_guessed_faster_by_edits_than_by_unlock(
+    serve_here: ServeHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "DELAY_MAX_S", 0.2)
+    async with serve_here() as served, open_agent(served.path) as client:
+        volume_id, data = await created(client)
+        first = parse_volume(data).protectors[0].protector_id
+        began = trio.current_time()
+        for _ in range(attempts.FREE):
+            with pytest.raises(WrongSecret):
+                await edits.rotate_kek(client, volume_id, data, [(first, b"guess")])
+        for _ in range(2):
+            before = trio.current_time()
+            with pytest.raises(WrongSecret):
+                await edits.rotate_kek(client, volume_id, data, [(first, b"guess")])
+            assert trio.current_time() - before >= 0.2
+        # Neither a protector of one's own nor its secret ends the count.
+        both = await edits.add_protector(client, volume_id, data, SECOND)
+        await edits.commit(client, volume_id, both)
+        second = parse_volume(both).protectors[1].protector_id
+        await edits.rotate_kek(client, volume_id, both, [(second, b"two")])
+        before = trio.current_time()
+        with pytest.raises(WrongSecret):
+            await client.unlock(volume=data, cipher_dir="/c", secret=b"guess")
+        assert trio.current_time() - before >= 0.2
+        assert trio.current_time() - began < 20
