@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import stat
+import struct
 from collections.abc import Iterator
 
 from cryptfs.errors import NotPermitted
 
+_UCRED = struct.Struct("iII")
 SOCKET_NAME = "agent.sock"
 SUN_PATH_MAX_BYTES = 107
 """Longest path that fits sockaddr_un with its terminating zero (unix(7))."""
@@ -80,6 +83,19 @@ def private_dir(path: str) -> str:
     if found.st_mode & 0o077:
         raise NotPermitted(f"{path} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}); it must be 0700")
     return path
+
+
+def connect(sock: socket.socket, path: str) -> None:
+    """Connect a Unix stream socket to whoever serves `path`, who must be of our own user.
+
+    Whoever serves it is told paths, ids and passphrases, whatever the socket file's owner. Raises `NotPermitted` before
+    anything is sent; `OSError` as connect(2) does.
+    """
+    with socket_address(path) as address:
+        sock.connect(address)
+    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if uid != os.geteuid():
+        raise NotPermitted(f"the key agent at {path} belongs to another user (uid {uid})")
 
 
 @contextlib.contextmanager

@@ -29,6 +29,10 @@ _BY_CLASS: dict[type[errors.CryptfsError], str] = {
 }
 
 
+_IN_A_MOUNT = "lies in the cryptfs mount"
+"""What the agent says of a directory of its own (`agent.places`): no room there would help."""
+
+
 def hinted(error: E, hint: str) -> E:
     """`error`, carrying a hint of its own."""
     error.add_note(hint)
@@ -40,6 +44,8 @@ def hint_for(error: errors.CryptfsError) -> str:
     own: list[str] = getattr(error, "__notes__", [])
     if own:
         return own[0]
+    if _IN_A_MOUNT in str(error):
+        return "have XDG_STATE_HOME name a directory outside of every cryptfs mount; then `cryptfs agent stop`"
     return next((_BY_CLASS[cls] for cls in type(error).__mro__ if cls in _BY_CLASS), "")
 
 

@@ -44,8 +44,7 @@ def reached(sock: socket.socket) -> bool:
     Raises `NotPermitted` if the agent's socket is not ours to use, `AgentUnavailable`.
     """
     try:
-        with paths.socket_address(paths.agent_socket()) as address:
-            sock.connect(address)
+        paths.connect(sock, paths.agent_socket())
     except (FileNotFoundError, ConnectionRefusedError):
         return False
     except PermissionError:

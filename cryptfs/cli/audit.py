@@ -12,6 +12,7 @@ import click
 from cryptfs.cli import protectors, ui
 from cryptfs.cli.audit_lines import Filter, Shown, as_json, as_text, moment
 from cryptfs.cli.protectors import Given
+from cryptfs.format.audit import VERBS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +36,14 @@ def _filters(command: F) -> F:
     for option in (
         click.option("--json", "as_json_lines", is_flag=True, help="Print one JSON object per line."),
         click.option("--process", metavar="WHO", help="Only requests of this process: its id, or part of its program."),
-        click.option("--verb", "verbs", metavar="VERB", multiple=True, help="Only this verb; may be repeated."),
+        click.option(
+            "--verb",
+            "verbs",
+            metavar="VERB",
+            type=click.Choice(sorted(VERBS)),
+            multiple=True,
+            help="Only this verb; may be repeated.",
+        ),
         click.option("--refused", is_flag=True, help="Only what was refused or failed."),
     ):
         command = option(command)
@@ -64,12 +72,14 @@ def show(  # noqa: PLR0913  one parameter per option
     given: Given,
 ) -> None:
     """Show the lines of all logs, or those about the volume DIR, with the paths its files have now."""
+    from cryptfs.cli.audit_lines import all_lines, ends_of
     from cryptfs.errors import UsageError
 
     if path is not None and (dir is None or ids):
         raise UsageError("--path takes DIR, and not --ids: only the volume says which files lie there")
-    began = moment("now")
-    wanted = Filter(moment(since), moment(until) or began, process, frozenset(verbs), refused=refused)
+    wanted = Filter(moment(since), moment(until), process, frozenset(verbs), refused=refused)
+    # By place, not by time: the clock may have been set back, and what we ask for ourselves is not to be shown.
+    ends = ends_of(_directory())
     known: Paths = {}
     if dir is not None:
         wanted.volume_id = _volume_id(dir)
@@ -77,9 +87,7 @@ def show(  # noqa: PLR0913  one parameter per option
             known = _paths(dir, given)
         if path is not None:
             wanted.ids = _below(known, path)
-    from cryptfs.cli.audit_lines import all_lines
-
-    for shown in all_lines(_directory()):
+    for shown in all_lines(_directory(), ends):
         if wanted.takes(shown.line):
             _print(shown, known, as_json_lines=as_json_lines)
 

@@ -97,25 +97,49 @@ def log_names(directory: str) -> list[str]:
     return sorted(name for name in names if name == "agent" or re.fullmatch(r"[0-9a-f]{32}", name))
 
 
-def all_lines(directory: str) -> Iterator[Shown]:
-    """All lines of all logs, the oldest first."""
-    return heapq.merge(*(_lines_of(directory, name) for name in log_names(directory)), key=_time)
+Ends = Mapping[str, tuple[int, int]]
+"""By log: its newest file, and that one's size in bytes."""
+
+
+def ends_of(directory: str) -> Ends:
+    """Where the logs end now."""
+    from cryptfs.agent.audit_log import file_name, file_numbers
+
+    ends: dict[str, tuple[int, int]] = {}
+    for name in log_names(directory):
+        with suppress(OSError, IndexError):
+            number = file_numbers(os.path.join(directory, name))[-1]
+            ends[name] = number, os.stat(os.path.join(directory, name, file_name(number))).st_size
+    return ends
+
+
+def all_lines(directory: str, ends: Ends | None = None) -> Iterator[Shown]:
+    """All lines of all logs, up to where those ended (`ends_of`).
+
+    The oldest first; of one log always in the order in which they were written, whatever the clock said.
+    """
+    known = ends_of(directory) if ends is None else ends
+    return heapq.merge(*(_lines_of(directory, name, end) for name, end in known.items()), key=_time)
 
 
 def _time(shown: Shown) -> int:
     return shown.line.time_ns
 
 
-def _lines_of(directory: str, name: str) -> Iterator[Shown]:
+def _lines_of(directory: str, name: str, end: tuple[int, int]) -> Iterator[Shown]:
     from cryptfs.agent.audit_log import file_numbers
 
+    last, size = end
     with suppress(OSError):
         for number in file_numbers(os.path.join(directory, name)):
-            yield from read_file(directory, name, number)
+            if number <= last:
+                yield from read_file(directory, name, number, most_bytes=size if number == last else None)
 
 
-def read_file(directory: str, name: str, number: int, after: int = 0) -> Iterator[Shown]:
-    """The lines of one file whose numbers are greater than `after`."""
+def read_file(
+    directory: str, name: str, number: int, after: int = 0, *, most_bytes: int | None = None
+) -> Iterator[Shown]:
+    """The lines of one file whose numbers are greater than `after`, and that lie within its first bytes."""
     from cryptfs.agent.audit_file import Reading, read_frames, read_whole
     from cryptfs.agent.audit_log import file_name
 
@@ -123,7 +147,7 @@ def read_file(directory: str, name: str, number: int, after: int = 0) -> Iterato
         raw = read_whole(os.path.join(directory, name, file_name(number)))
     except (OSError, Damaged):
         return
-    for frame in read_frames(raw, None, Reading()):
+    for frame in read_frames(raw[:most_bytes], None, Reading()):
         if frame.generation > after:
             with suppress(Damaged):
                 yield Shown(name, number, frame.generation, decode_line(frame.line))

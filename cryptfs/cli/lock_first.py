@@ -31,8 +31,7 @@ def send(words: Sequence[str]) -> None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(_CONNECT_S)
-        with paths.socket_address(paths.agent_socket()) as address:
-            sock.connect(address)
+        paths.connect(sock, paths.agent_socket())
         sock.sendall(encode_lock_path(path))
     except (OSError, CryptfsError):
         sock.close()

@@ -10,6 +10,7 @@ import click
 from cryptfs.cli import located, protectors, ui
 from cryptfs.cli.durations import Duration
 from cryptfs.cli.policy_fields import LABELS, effective, shown
+from cryptfs.format.policy import BOUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,18 +36,30 @@ class OrDefault(click.ParamType[int]):
         return NOT_SET if value == UNSET else int(self.inner.convert(value, param, ctx))
 
 
-_NUMBER, _TIME = OrDefault(click.IntRange(min=1)), OrDefault(Duration())
+_NUMBER = OrDefault(click.IntRange(min=1))
+
+
+def _time(field: str) -> OrDefault:
+    return OrDefault(Duration(*BOUNDS[field]))
 
 
 @click.command()
 @click.argument("dir", type=click.Path(path_type=Path))
-@click.option("--max-age", "max_age_s", metavar="T", type=_TIME, help="Longest time a key may stay with the daemon.")
+@click.option(
+    "--max-age", "max_age_s", metavar="T", type=_time("max_age_s"), help="Longest time a key may stay with the daemon."
+)
 @click.option("--max-entries", metavar="N", type=_NUMBER, help="Most keys the daemon may hold (at least 1024).")
 @click.option("--max-uses", metavar="N", type=_NUMBER, help="Uses after which a key is asked for again.")
 @click.option("--cache/--no-cache", "caching", default=None, help="Whether a key may serve more than one request.")
-@click.option("--idle", "idle_s", metavar="T", type=_TIME, help="Lock the volume when no key was needed for T.")
-@click.option("--for", "for_s", metavar="T", type=_TIME, help="Lock the volume when it has been unlocked for T.")
-@click.option("--reverify", "reverify_s", metavar="T", type=_TIME, help="Ask the root key's holder again every T.")
+@click.option(
+    "--idle", "idle_s", metavar="T", type=_time("idle_s"), help="Lock the volume when no key was needed for T."
+)
+@click.option(
+    "--for", "for_s", metavar="T", type=_time("for_s"), help="Lock the volume when it has been unlocked for T."
+)
+@click.option(
+    "--reverify", "reverify_s", metavar="T", type=_time("reverify_s"), help="Ask the root key's holder again every T."
+)
 @click.option("--unwraps-per-s", metavar="N", type=_NUMBER, help="Keys a second; more have to wait.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 @protectors.options

@@ -15,6 +15,20 @@ from typing import Any
 from cryptfs.errors import Damaged
 from cryptfs.types import ID_BYTES
 
+VERBS = frozenset(
+    {
+        # what is asked for
+        "about", "accept", "accept-volume", "attach", "audit", "begin", "commit", "create", "destroy-keks", "detach",
+        "feature-add", "floors", "generate", "hello", "keep", "kits", "lock", "lock-path", "locked", "policy-set",
+        "protector-add", "protector-change", "protector-remove", "record", "report", "reports", "rewrap",
+        "rotate-cancel", "rotate-kek", "rotate-start", "rotation", "rotation-get", "shred", "status", "stop", "unlock",
+        "unwrap",
+        # what happens
+        "connect", "end", "expire", "forget", "limit", "message", "missed", "policy", "reverify", "start",
+        "unknown",
+    }
+)  # fmt: skip
+"""All that the agent writes of its own accord; a refused request of no verb may have any other word."""
 LINE_MAX_BYTES = 2 << 20
 """4096 keys of as many files take some 400 KiB."""
 WORD_MAX_CHARS = 32

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import struct
 
 from cryptfs.errors import AgentUnavailable, NotPermitted
-from cryptfs.paths import socket_address
-
-_UCRED = struct.Struct("iII")
+from cryptfs.paths import connect
 
 
 def connected(path: str) -> socket.socket:
@@ -18,12 +14,7 @@ def connected(path: str) -> socket.socket:
     try:
         # A Unix socket connects at once or not at all: only a full backlog would make it wait, and then it refuses.
         sock.settimeout(0)
-        with socket_address(path) as address:
-            sock.connect(address)
-        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        # Whoever listens gets passphrases from us: it must be ourselves, whatever the socket file's owner.
-        if uid != os.geteuid():
-            raise NotPermitted(f"the key agent at {path} belongs to another user (uid {uid})")
+        connect(sock, path)
     except PermissionError:
         sock.close()
         raise NotPermitted(f"the key agent's socket {path} belongs to another user") from None

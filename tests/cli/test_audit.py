@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cryptfs import errors, paths
+from cryptfs.agent.audit_log import AuditLog, local_sealing, prepare
 from cryptfs.cli.audit_lines import Filter, Follower, moment
 from cryptfs.format.audit import AuditLine, PeerLine
+from cryptfs.keys.clock import SystemClock
 from tests.cli.conftest import PASSPHRASE, Cryptfs
 
 
@@ -74,6 +81,56 @@ def test_a_wrong_passphrase_is_on_the_record_and_follow_sees_it(cryptfs: Cryptfs
     cryptfs.run("audit", "show", "--path", "/x", code=errors.UsageError.exit_code)
     cryptfs.run("audit", "show", "--since", "yesterday-ish", code=errors.UsageError.exit_code)
     cryptfs.run("audit", "show", vault, "--path", "/none", passphrase=PASSPHRASE, code=errors.UsageError.exit_code)
+
+
+def put(*lines: AuditLine) -> None:
+    """Into the agent's log, as an agent would."""
+    where = str(audit_dir())
+    prepare(where)
+    log = AuditLog(os.path.join(where, "agent"), local_sealing(where, os.urandom), os.urandom, SystemClock())
+    for each in lines:
+        log.append(each.encode())
+    log.close()
+
+
+def test_lines_from_before_the_clock_was_set_back_are_shown(cryptfs: Cryptfs) -> None:
+    later_ns = time.time_ns() + 3600 * 10**9
+    put(AuditLine(later_ns, "lock", "ok"), AuditLine(later_ns - 10**9, "unlock", "ok"))
+    assert [line["verb"] for line in shown(cryptfs)] == ["begin", "lock", "unlock"], "as they were written"
+    assert [line["verb"] for line in shown(cryptfs, "--until", "1h")] == []
+    assert shown(cryptfs, "--until", "1970-01-01T00:00:00+00:00") == []
+    assert len(shown(cryptfs, "--until", "2200-01-01")) == 3
+
+
+def test_a_verb_that_is_none_is_refused_with_those_there_are(cryptfs: Cryptfs) -> None:
+    for command in ("show", "follow"):
+        ended = cryptfs.run("audit", command, "--verb", "unlok", code=errors.UsageError.exit_code)
+        assert "'unlok'" in ended.stderr
+        assert "'unlock'" in ended.stderr
+
+
+def test_follow_shows_lines_as_they_are_written(cryptfs: Cryptfs) -> None:
+    put(AuditLine(1, "lock", "ok"))
+    with subprocess.Popen(
+        cryptfs.command("audit", "follow", "--json", "--verb", "unlock"), stdout=subprocess.PIPE, text=True
+    ) as follow:
+        assert follow.stdout is not None
+        try:
+            for number in range(3):
+                seen = ""
+                # It says nothing before it has looked once: lines from before that are not shown.
+                while not seen:
+                    put(AuditLine(10 + number, "unlock", "ok"), AuditLine(20, "detach", "ok"))
+                    ready, _, _ = select.select([follow.stdout], [], [], 2)
+                    seen = follow.stdout.readline() if ready else ""
+                line = json.loads(seen)
+                assert (line["verb"], line["log"]) == ("unlock", "agent")
+        finally:
+            follow.send_signal(signal.SIGINT)
+        rest = follow.stdout.read()
+        assert "detach" not in rest
+        assert follow.wait(20) == 130
+    assert "Traceback" not in rest
 
 
 def test_no_log_is_no_failure(cryptfs: Cryptfs) -> None:

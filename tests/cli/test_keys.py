@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cryptfs import paths
+from cryptfs import errors, paths
+from cryptfs.agent import places
 from cryptfs.cli import processes
+from cryptfs.cli.advice import hint_for
 from cryptfs.cli.mounts import wait_until
 from tests.cli.conftest import DEFAULT_POLICY, PASSPHRASE, Cryptfs
 
@@ -241,6 +243,45 @@ def test_an_agent_that(cryptfs: Cryptfs, vault: Path, how: str) -> None:
     os.unlink(paths.agent_socket())
     assert "error: " in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+STRANGER = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+os.setresuid(65534, 65534, 65534)
+listener.listen()
+print(flush=True)
+while True:
+    client, _ = listener.accept()
+    with client:
+        print(client.recv(65536) or "nothing", flush=True)
+"""
+
+
+@pytest.mark.parametrize("words", [["status"], ["lock", "VAULT"], ["lock", "--all"], ["unlock", "VAULT"]])
+def test_another_user_in_the_agents_place_is_told_nothing(cryptfs: Cryptfs, vault: Path, words: list[str]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("takes a second user")
+    command = [sys.executable, "-c", STRANGER, paths.agent_socket()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stranger:
+        assert stranger.stdout is not None
+        stranger.stdout.readline()
+        line = [str(vault) if word == "VAULT" else word for word in words]
+        ended = cryptfs.run(*line, passphrase=PASSPHRASE, code=errors.NotPermitted.exit_code)
+        stranger.kill()
+        assert set(stranger.stdout.read().split()) == {"nothing"}
+    os.unlink(paths.agent_socket())
+    assert "belongs to another user (uid 65534)" in ended.stderr
+
+
+def test_a_state_directory_in_a_mount_gets_a_hint_that_helps(monkeypatch: pytest.MonkeyPatch, short_tmp: Path) -> None:
+    monkeypatch.setattr(places, "cryptfs_mounts", lambda: frozenset({str(short_tmp)}))
+    for refusal in (errors.AuditUnavailable, errors.FreshnessUnavailable):
+        with pytest.raises(refusal) as caught:
+            places.private_state_dir(str(short_tmp / "state"), "the audit log", refusal)
+        assert "XDG_STATE_HOME" in hint_for(caught.value)
+    assert "make room" in hint_for(errors.AuditUnavailable("No space left on device"))
 
 
 def test_the_passphrase_is_nowhere_but_where_it_was_given(cryptfs: Cryptfs, vault: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cryptfs import errors
 from cryptfs.format.volume import parse_volume
 from cryptfs.ops.volume_file import VolumeEdit
 from tests.cli.conftest import DEFAULT_POLICY, PASSPHRASE, Cryptfs
@@ -102,3 +103,16 @@ def test_two_who_change_it_at_once(cryptfs: Cryptfs, vault: Path) -> None:
 def test_it_needs_a_volume(cryptfs: Cryptfs, tmp_path: Path) -> None:
     cryptfs.run("policy", tmp_path, code=10)
     cryptfs.run("policy", tmp_path, "--max-uses", "1", code=10, passphrase=PASSPHRASE)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "bounds"),
+    [("--max-age", "0", "1s to 7d"), ("--max-age", "8d", "1s to 7d"), ("--reverify", "4", "5s to 7d"),
+     ("--idle", "367d", "1s to 366d"), ("--for", "0", "1s to 366d")],
+)  # fmt: skip
+def test_a_time_out_of_bounds_is_refused_with_its_own(
+    cryptfs: Cryptfs, vault: Path, option: str, value: str, bounds: str
+) -> None:
+    ended = cryptfs.run("policy", vault, option, value, code=errors.UsageError.exit_code)
+    assert f"is no time from {bounds}" in ended.stderr
+    assert cryptfs.agent_pids() == []
