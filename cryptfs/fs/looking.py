@@ -101,22 +101,26 @@ class Looking:
         return list(node.entries.values())
 
     async def described(self, inode: Inode, entries: Sequence[Entry]) -> list[tuple[bytes, Attr | None] | None]:
-        """(name, attributes) of each entry.
+        """(name, attributes) of each name of a listing, as it is now: a rename may have put another thing there.
 
-        None for one that is gone by now, attributes None for one that is damaged.
+        None for a name that is gone by now, attributes None for a damaged entry.
         """
         node = await self.inodes.dir(inode)
         node.pins += 1
         try:
             out: list[tuple[bytes, Attr | None] | None] = []
-            for entry in entries:
-                if node.entries.get(entry.sealed) != entry:
+            for listed in entries:
+                names = node.names_nowait() or (await node.keys()).names
+                entry = node.entries.get(listed.sealed)
+                if entry is None:
                     out.append(None)
                     continue
-                names = node.names_nowait() or (await node.keys()).names
                 name = names.open(entry.sealed)
                 try:
                     out.append((name, await self._look(inode, node, entry)))
+                except FileNotFoundError:
+                    # It went while a change that was under way was waited for.
+                    out.append(None)
                 except Damaged as error:
                     self.report(inode.ino, error)
                     out.append((name, None))

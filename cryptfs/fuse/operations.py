@@ -68,7 +68,7 @@ class _Listing:
 
     def __init__(self, inode: Inode) -> None:
         self.inode = inode
-        self.entries: list[Entry] = []
+        self.entries: list[Entry] | None = None
         self.usual = 16
 
 
@@ -96,6 +96,8 @@ class Operations(pyfuse3.Operations):
         """Of directories, one for each `opendir` in the mount."""
         self.places: dict[int, Callable[[], os.stat_result]] = {}
         """By inode number, what `stat` says of places of domains that are open (`fuse.routing`)."""
+        self.above: Callable[[], int] | None = None
+        """The number of the directory that a domain's place is in; None if the root is the mount's."""
 
     # attributes ------------------------------------------------------------------------------------------------
 
@@ -317,14 +319,16 @@ class Operations(pyfuse3.Operations):
     @guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         listing = self._listings[fh]
-        if start_id == 0:
+        if start_id == 0 or listing.entries is None:
+            # Also when a new descriptor begins at a position that another one told (telldir(3), a file server).
             listing.entries = await self._names.listing(listing.inode)
         if start_id < _DOTS and not await self._dots(listing.inode, start_id, token):
             return
+        entries = listing.entries
         at, answered_now, full = max(0, start_id - _DOTS), 0, False
-        while at < len(listing.entries) and not full:
+        while at < len(entries) and not full:
             try:
-                batch = await self._names.described(listing.inode, listing.entries[at : at + listing.usual])
+                batch = await self._names.described(listing.inode, entries[at : at + listing.usual])
                 self.gate.check()
             except Exception:
                 if answered_now:
@@ -347,11 +351,18 @@ class Operations(pyfuse3.Operations):
 
     async def _dots(self, inode: Inode, start_id: int, token: ReaddirToken) -> bool:
         """The entries every directory has; the kernel takes no reference for them. False if the answer is full."""
-        attr = await self._files.attr(inode)
-        for at, name in enumerate((b".", b".."), start=1):
-            if at > start_id and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._entry(attr), at):
+        here = self._entry(await self._files.attr(inode))
+        for at, (name, ino) in enumerate(((b".", inode.ino), (b"..", self._ino_above(inode))), start=1):
+            here.st_ino = pyfuse3.InodeT(ino)
+            if at > start_id and not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), here, at):
                 return False
         return True
+
+    def _ino_above(self, inode: Inode) -> int:
+        """The number of the directory above, as `..` has it: the mount's root is above itself, and so is what is gone."""
+        if inode is self._inodes.root and self.above is not None:
+            return self.above()
+        return inode.paths[-1][0].ino if inode.paths else inode.ino
 
     @answered
     async def releasedir(self, fh: FileHandleT) -> None:

@@ -117,6 +117,7 @@ class Routing(pyfuse3.Operations):
         """It is to be seen at its place from now on."""
         self._at[place] = part
         self.main.ops.places[place] = lambda: root_stat(part.volume)
+        part.ops.above = lambda: self._above(place)
         # What the kernel was told before came from the place alone.
         pyfuse3.invalidate_inode(pyfuse3.InodeT(place), attr_only=True)
 
@@ -130,6 +131,11 @@ class Routing(pyfuse3.Operations):
         if self._at.get(place) is part:
             self.unplace(place)
         self._parts.remove(part)
+
+    def _above(self, place: int) -> int:
+        """The number of the directory a place is in; its own if it is gone."""
+        inode = self.main.volume.inodes.find(place)
+        return inode.paths[-1][0].ino if inode is not None and inode.paths else place
 
     # whose ------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,6 +24,34 @@ def renameat2(old: bytes | Path, new: bytes | Path, flags: int) -> None:
     if _libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), ctypes.c_uint(flags)):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), os.fsdecode(old))
+
+
+class Dirent(NamedTuple):
+    """What getdents64(2) says of a name. `position`: behind it, for lseek(2)."""
+
+    name: str
+    position: int
+    ino: int
+
+
+def getdents(path: Path, position: int = 0) -> list[Dirent]:
+    """What a new descriptor of the directory lists from a position on. Raises OSError."""
+    out, buffer = [], ctypes.create_string_buffer(1 << 16)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.lseek(fd, position, os.SEEK_SET)
+        while got := _libc.getdents64(fd, buffer, ctypes.c_size_t(len(buffer))):
+            if got < 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), os.fspath(path))
+            at = 0
+            while at < got:
+                ino, behind, length = struct.unpack_from("=QqH", buffer.raw, at)
+                out.append(Dirent(os.fsdecode(ctypes.string_at(ctypes.addressof(buffer) + at + 19)), behind, ino))
+                at += length
+    finally:
+        os.close(fd)
+    return out
 
 
 def drop_pages(path: Path) -> None:

@@ -16,7 +16,7 @@ from cryptfs.cli.mounts import wait_until
 from cryptfs.types import DOMAIN_XATTR
 from tests.mount.box import Box, boxed
 from tests.mount.domains import CONTENT, cipher_dir, create, domains, unlock
-from tests.mount.syscalls import RENAME_EXCHANGE, refused, renameat2, reread
+from tests.mount.syscalls import RENAME_EXCHANGE, getdents, refused, renameat2, reread
 from tests.mount.test_users import as_user
 
 pytestmark = pytest.mark.mount
@@ -33,6 +33,8 @@ def test_a_domain_is_a_directory_like_any_other(mounted: Box, pay: Path) -> None
     assert (pay / "file").stat().st_nlink == 2
     assert pay.stat().st_dev == mounted.clear.stat().st_dev
     inode = pay.stat().st_ino
+    dots = {entry.name: entry.ino for entry in getdents(pay)}
+    assert (dots["."], dots[".."]) == (inode, mounted.clear.stat().st_ino)
     by_name = {entry.name: entry.inode() for entry in os.scandir(mounted.clear)}
     assert by_name["pay"] == inode
     assert os.stat(pay / "moved" / "..").st_ino == inode

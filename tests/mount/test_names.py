@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, refused, renameat2, reread
+from tests.mount.box import Box
+from tests.mount.syscalls import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
+    getdents,
+    refused,
+    renameat2,
+    reread,
+)
 
 pytestmark = pytest.mark.mount
 
@@ -246,6 +255,45 @@ def test_listing_while_another_process_makes_renames_and_removes(here: Path) -> 
         churner.stdin.close()
         assert churner.wait(30) == 0
     assert set(os.listdir(here)) == stable
+
+
+def test_listing_while_names_are_given_to_other_files(here: Path) -> None:
+    names = {f"name {number:04}" for number in range(1500)}
+    (here / "d").mkdir()
+    for name in names:
+        (here / "d" / name).touch()
+    seen: Counter[str] = Counter()
+    with os.scandir(here / "d") as listing:
+        for _ in range(5):
+            seen[next(listing).name] += 1
+        left = sorted(names - set(seen))
+        for name in left[::3]:
+            (here / "new").touch()
+            (here / "new").rename(here / "d" / name)
+        for a, b in zip(left[1:300:3], left[2:300:3], strict=True):
+            renameat2(here / "d" / a, here / "d" / b, RENAME_EXCHANGE)
+        seen.update(entry.name for entry in listing)
+    assert set(seen) == names
+    assert set(seen.values()) == {1}
+
+
+def test_a_new_descriptor_goes_on_where_another_one_was(here: Path) -> None:
+    for number in range(300):
+        (here / f"file {number}").touch()
+    whole = getdents(here)
+    assert len(whole) == 302
+    for at in (0, 1, 2, 150, 301):
+        assert getdents(here, whole[at].position) == whole[at + 1 :]
+
+
+def test_both_dots_have_the_numbers_of_what_they_are(shared: Box, here: Path) -> None:
+    (here / "a" / "b").mkdir(parents=True)
+    for path in (here / "a" / "b", here / "a", here):
+        numbers = {entry.name: entry.ino for entry in getdents(path)}
+        assert numbers["."] == path.stat().st_ino
+        assert numbers[".."] == path.parent.stat().st_ino
+    numbers = {entry.name: entry.ino for entry in getdents(shared.clear)}
+    assert numbers["."] == numbers[".."] == shared.clear.stat().st_ino
 
 
 def test_rewinding_a_listing_shows_what_is_new(here: Path) -> None:
