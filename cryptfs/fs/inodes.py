@@ -194,32 +194,50 @@ class InodeTable:
 
         Whoever awaits anything while using it pins it.
         """
-        node = self.dir_nowait(inode)
-        while node is None and inode.ino in self._opening:
-            # Never two at once: after a crash each would settle the directory, with a frame at the same place.
-            await self._opening[inode.ino].wait()
-            node = self.dir_nowait(inode)
-        if node is not None:
-            return node
         if inode.kind != Kind.DIR:
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        way: list[Inode] = []
+        while (node := self.dir_nowait(inode)) is None:
+            # Up to the nearest that can be opened, and down again from there; in a loop, since a tree may be deeper
+            # than calls may nest. One that has moved meanwhile has its way up looked for anew.
+            here = way.pop() if way else inode
+            if here is not inode and not here.paths:
+                way.clear()
+                continue
+            while here is not self.root and here.place()[0].ino not in self._dirs:
+                way.append(here)
+                here = here.place()[0]
+            await self._open_once(here)
+            if here is not inode:
+                self.release(here)
+        return node
+
+    async def _open_once(self, inode: Inode) -> None:
+        """Open a directory if it is not open. The one above it is open, or it is the root."""
+        while inode.ino in self._opening:
+            # Never two at once: after a crash each would settle the directory, with a frame at the same place.
+            await self._opening[inode.ino].wait()
+        if inode.ino in self._dirs or (inode is not self.root and inode.place()[0].ino not in self._dirs):
+            return
         done = self._opening[inode.ino] = trio.Event()
+        # Whoever needs it may be elsewhere when it is open.
+        inode.lookups += 1
         try:
             node = await self._open_dir(inode)
         finally:
+            inode.lookups -= 1
             del self._opening[inode.ino]
             done.set()
         self._dirs[inode.ino] = node
         self._trim(node)
-        return node
 
     async def _open_dir(self, inode: Inode) -> DirNode:
         store, flags = self.ctx.store, os.O_RDONLY | os.O_DIRECTORY
         if inode is self.root:
             fd = open_ours(store, store.root(), b"tree", flags)
         else:
-            above, name = await self.where(inode)
-            fd = open_ours(store, above.fd, name, flags)
+            above, name = inode.place()
+            fd = open_ours(store, self._dirs[above.ino].fd, name, flags)
         try:
             node = await DirNode.open(self.ctx, inode.ino, fd, inode.log_id)
             try:

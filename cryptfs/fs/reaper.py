@@ -8,11 +8,13 @@ before that leaves orphans, which cost space and nothing else.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import trio
 
 from cryptfs.fs.context import FsContext, log, sidecar_name, twin_name
 from cryptfs.ports import Store
+from cryptfs.types import ID_BYTES
 
 _INTERVAL_S = 30.0
 _MANY = 10_000
@@ -87,25 +89,48 @@ class Reaper:
 
 
 def remove_tree(store: Store, dir_fd: int, name: bytes) -> None:
-    """Delete `name` and what is in it, following nothing; what cannot be deleted stays."""
+    """Delete `name` and what is in it, following nothing; what cannot be deleted stays.
+
+    It may be deeper than there are descriptors: directories below the first level are moved up to that before they are
+    emptied.
+    """
     try:
-        fd = store.open(dir_fd, name, os.O_RDONLY | os.O_DIRECTORY)
+        top = store.open(dir_fd, name, os.O_RDONLY | os.O_DIRECTORY)
     except NotADirectoryError:
         store.unlink(dir_fd, name)
         return
     except OSError:
         return
     try:
-        for inner in store.listdir(fd):
-            try:
-                store.unlink(fd, inner)
-            except IsADirectoryError:
-                remove_tree(store, fd, inner)
-            except OSError:
-                continue
+        todo = _emptied(store, top, top)
+        while todo:
+            inner = todo.pop()
+            with suppress(OSError):
+                fd = store.open(top, inner, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    todo += _emptied(store, fd, top)
+                finally:
+                    store.close(fd)
+                store.rmdir(top, inner)
     finally:
-        store.close(fd)
-    try:
+        store.close(top)
+    with suppress(OSError):
         store.rmdir(dir_fd, name)
-    except OSError:
-        return
+
+
+def _emptied(store: Store, fd: int, top: int) -> list[bytes]:
+    """Delete what is in a directory; the directories in it are in `top` afterwards, under the names returned."""
+    moved: list[bytes] = []
+    for inner in store.listdir(fd):
+        try:
+            store.unlink(fd, inner)
+        except IsADirectoryError:
+            with suppress(OSError):
+                name = inner
+                if fd != top:
+                    name = os.urandom(ID_BYTES).hex().encode()
+                    store.rename(fd, inner, top, name)
+                moved.append(name)
+        except OSError:
+            continue
+    return moved

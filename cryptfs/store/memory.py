@@ -136,10 +136,14 @@ class MemoryStore(MemoryFiles):
 
     def _is_inside(self, directory: Inode, ancestor: Inode) -> bool:
         """Whether `directory` is `ancestor` or lies below it."""
-        if directory is ancestor:
-            return True
-        children = (self.disk.inodes[ino] for ino in ancestor.entries.values())
-        return any(self._is_inside(directory, child) for child in children if child.is_dir)
+        todo = [ancestor]
+        while todo:
+            here = todo.pop()
+            if here is directory:
+                return True
+            children = (self.disk.inodes[ino] for ino in here.entries.values())
+            todo += (child for child in children if child.is_dir)
+        return False
 
     @store_call
     def link(self, src_fd: int, src: bytes, dst_fd: int, dst: bytes) -> None:

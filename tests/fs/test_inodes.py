@@ -12,6 +12,7 @@ import trio
 from cryptfs.errors import AgentUnavailable, VolumeBusy
 from cryptfs.fs import inodes as inodes_module
 from cryptfs.fs.inodes import ROOT_INO
+from cryptfs.fs.reaper import remove_tree
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.keys import FakeDekProvider
@@ -319,3 +320,34 @@ async def test_a_volume_that_could_not_write_its_frames_is_not_left_clean(store:
     assert await tree.read(b"safe") == CONTENT
     assert await tree.read(b"file") == b""
     await tree.finish()
+
+
+# depth -----------------------------------------------------------------------------------------------------------
+
+DEPTH = 2000
+"""More levels than Python nests calls, than directories are kept open, and a path longer than PATH_MAX."""
+
+
+async def test_a_tree_deeper_than_calls_can_nest(local: LocalStore) -> None:
+    tree = await Tree.make(local)
+    table, names = tree.volume.inodes, tree.volume.names
+    way = [tree.volume.root]
+    for _ in range(DEPTH):
+        way.append(tree.take(await names.mkdir(way[-1], b"level", 0o755, OWNER)))
+    for number in range(inodes_module._DIRS_MAX):
+        await tree.mkdir(b"%d" % number)
+    assert not any(table.dir_nowait(inode) for inode in way[1:])
+    async with trio.open_nursery() as nursery:
+        # Several at once, and the top moves while they are on their way down.
+        for inode in (way[-1], way[-1], way[DEPTH // 2]):
+            nursery.start_soon(names.listing, inode)
+        nursery.start_soon(names.rename, tree.volume.root, b"level", tree.volume.root, b"top")
+    assert table.dir_nowait(way[-1]) is not None
+    assert table.dir_nowait(way[1]) is None
+    assert await tree.names(b"top") == [b"level"]
+    tree.forget_all()
+    assert len(table) == 1
+    await tree.unmount()
+    # What a removed domain leaves is as deep as its tree was.
+    remove_tree(local, local.root(), b"tree")
+    assert b"tree" not in local.listdir(local.root())

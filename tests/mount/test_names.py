@@ -198,6 +198,30 @@ def test_a_deep_tree(here: Path) -> None:
     assert listed(here) == {}
 
 
+DEEP = """
+import os, sys
+os.chdir(sys.argv[1])
+for _ in range(600):
+    os.mkdir("level")
+    os.chdir("level")
+open("file", "w").close()
+open("/proc/sys/vm/drop_caches", "w").write("2")
+os.mkdir("last")
+print(os.listdir("."))
+"""
+
+
+def test_a_tree_deeper_than_calls_can_nest(root: None, here: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", DEEP, here], capture_output=True, text=True, check=False)
+    assert (sorted(ended.stdout.split("'")[1::2]), ended.stderr) == (["file", "last"], "")
+    Path("/proc/sys/vm/drop_caches").write_text("2", "ascii")
+    found = subprocess.run(["find", here, "-type", "f", "-printf", "%d"], capture_output=True, text=True, check=False)
+    assert (found.stdout, found.stderr) == ("601", "")
+    Path("/proc/sys/vm/drop_caches").write_text("2", "ascii")
+    subprocess.run(["rm", "-r", here / "level"], check=True)
+    assert listed(here) == {}
+
+
 def test_more_directories_than_are_kept_open(here: Path) -> None:
     for number in range(400):
         (here / str(number)).mkdir()
