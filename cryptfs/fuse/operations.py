@@ -359,7 +359,7 @@ class Operations(pyfuse3.Operations):
         return True
 
     def _ino_above(self, inode: Inode) -> int:
-        """The number of the directory above, as `..` has it: the mount's root is above itself, and so is what is gone."""
+        """What `..` stands for. The mount's root is above itself, and so is what is gone."""
         if inode is self._inodes.root and self.above is not None:
             return self.above()
         return inode.paths[-1][0].ino if inode.paths else inode.ino
