@@ -292,14 +292,15 @@ def _rewrite_there(cipher_dir: Path, mountpoint: Path) -> Outcome:
             elif report.state == "running":
                 begun = True
                 meter.show(report.done, report.total)
-            elif report.state == "done":
+            elif report.state == "done" and begun:
                 return Outcome(report.kek_version, report.done, report.left, report.ids)
             elif report.state == "waiting":
                 raise VolumeLocked(f"{report.message}; the rewriting goes on once the volume is unlocked")
             elif begun:
                 _raise_stopped(report.state, report.message)
             else:
-                # As an earlier call left it: the word to go on makes the agent forget this report.
+                # As an earlier call left it: the word to go on makes the agent forget this report, and the daemon look
+                # at everything once more, for what was mended, deleted or put back since.
                 with suppress(VolumeBusy):
                     _tell(volume, "rotate-start")
                 begun, since_s = True, time.monotonic()

@@ -95,6 +95,8 @@ class Rotation:
         names = self._volume.names
         assert names.on_arrival is None, "one rotation at a time"
         names.on_arrival = self._arrived
+        # Those that still fail are met again; those that were deleted or mended meanwhile are not.
+        self.failures.clear()
         self._doubts = self._ctx.doubts
         try:
             self._ctx.keys.renew(self.kek_version)
