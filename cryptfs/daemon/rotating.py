@@ -26,10 +26,10 @@ from cryptfs.keys.rotation_requests import IDS_MAX, Report
 
 log = logging.getLogger("cryptfs")
 
-SHARE = 0.1
-"""Of the time. What programs do is to take at most a quarter longer: at 0.2 each synced write took half longer."""
-WORKERS = 8
-"""Logs at a time while nobody uses the mount."""
+SHARE = 0.05
+"""Of the time. What programs do is to take at most a quarter longer (docs/PERFORMANCE.md)."""
+WORKERS = 4
+"""Logs at a time while nobody uses the mount. A program that comes back has to share with those that are begun."""
 QUIET_S = 1.0
 """So long after the last request nobody does."""
 REPORT_S = 1.0

@@ -17,7 +17,7 @@ from tests.reference.trees import reference_decrypt
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
 KILLS = 4
-FILES = 200
+FILES = 100
 """For them: what takes a daemon a few seconds at full speed."""
 
 

@@ -20,7 +20,7 @@ __all__ = ["box", "fuse", "mounted", "template"]
 pytestmark = [pytest.mark.mount, pytest.mark.torture]
 
 KILLS = 50
-FILES = 400
+FILES = 150
 
 
 def test_kills_while_rotating(mounted: Box) -> None:
