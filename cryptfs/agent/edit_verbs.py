@@ -25,6 +25,7 @@ from cryptfs.agent.recording import Attachment, Peer, check_file
 from cryptfs.agent.shred_places import ShredPlaces
 from cryptfs.agent.unlocking import Providers, Unlocked
 from cryptfs.agent.volume_args import SECRET_MAX_BYTES, get_keys, get_new_protector, get_policy, get_shred_secret
+from cryptfs.agent.volume_in_place import check_in_place
 from cryptfs.crypto.secret import Secret
 from cryptfs.errors import RolledBack
 from cryptfs.format.agent_msg import encode_push
@@ -37,12 +38,16 @@ T = TypeVar("T")
 
 
 class Editing:
-    """`verbs` by name. `in_thread` runs what may run a KDF; `attached` is the service's own table."""
+    """`verbs` by name. `in_thread` runs what may run a KDF; `attached` is the service's own table.
+
+    `cipher_dir` says where a volume lies; empty: unknown.
+    """
 
     def __init__(  # noqa: PLR0913 - what the verbs work on
         self, *, keyring: Keyring, records: Records, audit: Auditor, attached: MutableMapping[bytes, Attachment],
         providers: Providers, places: ShredPlaces, random: Random, clock: Clock,
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]], policies: Policies, attempts: Attempts,
+        cipher_dir: Callable[[bytes], bytes],
     ) -> None:  # fmt: skip
         self._keyring = keyring
         self._records = records
@@ -55,6 +60,7 @@ class Editing:
         self._in_thread = in_thread
         self._policies = policies
         self._attempts = attempts
+        self._cipher_dir = cipher_dir
         self.verbs: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "policy-set": self._policy_set,
             "feature-add": self._feature_add,
@@ -130,6 +136,7 @@ class Editing:
     async def _commit(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume")
         volume = self._checked(args)
+        await check_in_place(self._cipher_dir(volume.volume_id), volume.volume_id, args["volume"])
         await self._refuse_older(volume)
         # The floor first: if we die here, the old file is refused already, and the new one is durable in its place.
         await self._records.change(volume.volume_id, Changes(seen=Seen(volume.serial, volume.kek_version, 0)))

@@ -73,7 +73,7 @@ class Service:
         editing = Editing(
             keyring=volumes.keyring, records=records, audit=audit, attached=volumes.attached, providers=providers,
             places=places, random=random, clock=clock, in_thread=threads.run_kdf, policies=volumes.policies,
-            attempts=attempts,
+            attempts=attempts, cipher_dir=volumes.cipher_dir,
         )  # fmt: skip
         recording = Recording(volumes.keyring, records, volumes.attached)
         rotations = Rotations(volumes.attached)

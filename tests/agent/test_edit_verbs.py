@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import trio
@@ -206,3 +207,29 @@ async def test_secrets_are_not_guessed_faster_by_edits_than_by_unlock(
             await client.unlock(volume=data, cipher_dir="/c", secret=b"guess")
         assert trio.current_time() - before >= 0.2
         assert trio.current_time() - began < 20
+
+
+async def test_a_file_that_is_not_in_its_place_does_not_count(serve_here: ServeHere, short_tmp: Path) -> None:
+    place = short_tmp / "vault"
+    place.mkdir()
+    file = place / "volume"
+    async with serve_here() as served, open_agent(served.path) as client:
+        volume_id, data = await created(client, policy={"unwraps_per_s": 5})
+        file.write_bytes(data)
+        await client.unlock(volume=data, cipher_dir=str(place), secret=b"one")
+        lifted = await edits.set_policy(client, volume_id, data, {})
+        with pytest.raises(UsageError, match="another volume file"):
+            await edits.commit(client, volume_id, lifted)
+        # Neither the policy nor the floor has moved.
+        assert served.server.policies.of(volume_id) == parse_volume(data).policy
+        await client.attach(volume_id=volume_id, cipher_dir=str(place), mountpoint="/m", volume=data)
+        file.write_bytes(lifted)
+        await edits.commit(client, volume_id, lifted)
+        assert served.server.policies.of(volume_id) == parse_volume(lifted).policy
+        # What lies there is another volume's, or none: it was moved, and the command is believed.
+        other_id, other = await created(client)
+        file.write_bytes(other)
+        await edits.commit(client, volume_id, lifted)
+        file.write_bytes(b"")
+        await edits.commit(client, volume_id, lifted)
+        assert other_id != volume_id
