@@ -11,10 +11,12 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Iterator
 
 from cryptfs.errors import NotPermitted
 
+_FULL_PAUSE_S = 0.005
 _UCRED = struct.Struct("iII")
 SOCKET_NAME = "agent.sock"
 SUN_PATH_MAX_BYTES = 107
@@ -89,10 +91,19 @@ def connect(sock: socket.socket, path: str) -> None:
     """Connect a Unix stream socket to whoever serves `path`, who must be of our own user.
 
     Whoever serves it is told paths, ids and passphrases, whatever the socket file's owner. Raises `NotPermitted` before
-    anything is sent; `OSError` as connect(2) does.
+    anything is sent; `OSError` as connect(2) does. A socket with a timeout waits that long for room in the backlog.
     """
+    end_s = time.monotonic() + (sock.gettimeout() or 0.0)
     with socket_address(path) as address:
-        sock.connect(address)
+        while True:
+            try:
+                sock.connect(address)
+                break
+            except BlockingIOError:
+                # A full backlog: connect(2) waits for room only where the socket has no timeout at all.
+                if time.monotonic() >= end_s:
+                    raise
+                time.sleep(_FULL_PAUSE_S)
     _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     if uid != os.geteuid():
         raise NotPermitted(f"the key agent at {path} belongs to another user (uid {uid})")

@@ -187,6 +187,8 @@ class Server:
                     await trio.sleep(EMFILE_PAUSE_S)
                     continue
                 self._admit(sock, nursery)
+                # However many more wait: what those who are in have sent is answered between any two.
+                await trio.lowlevel.checkpoint()
 
     def _admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         pid, uid = credentials(sock)
@@ -207,14 +209,15 @@ class Server:
 
     def _make_room(self) -> bool:
         """Hang up on the connection that has been idle longest and is no daemon's; False if there is none."""
-        idle = [
+        idle = sorted(
             (since, number, connection)
             for number, connection in enumerate(self._connections)
             if (since := connection.idle_since) is not None and not self._service.is_attached(connection)
-        ]
-        if not idle:
+        )
+        # Only those that are looked at: it takes a system call each.
+        connection = next((each for _, _, each in idle if not each.has_unread), None)
+        if connection is None:
             return False
-        connection = min(idle)[2]
         log.warning("process %d: its idle connection makes room for a new one", connection.pid)
         connection.hang_up()
         # Its place is free at once: it is closed when its task runs.
@@ -283,6 +286,14 @@ class Connection:
     def idle_since(self) -> float | None:
         """Since when nothing is under way here (trio's clock); None while something is."""
         return None if self._slow or self._unwraps or self._sender.unsent else self._heard_at
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the peer has sent what was not looked at yet: it is not idle."""
+        try:
+            return bool(self._sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     async def _readable(self) -> bool:
         """Wait for more; False if the peer began a request and does not go on with it."""

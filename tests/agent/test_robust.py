@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import socket
+import threading
+import time
 import tracemalloc
+from typing import Any
 
 import pytest
 import trio
 import trio.lowlevel
 
 from cryptfs.agent import server
-from cryptfs.format.agent_msg import encode_request
+from cryptfs.format.agent_msg import AnswerDecoder, Failure, Reply, encode_request
 from cryptfs.format.volume import parse_volume
 from cryptfs.keys.agent_client import open_agent
 from cryptfs.keys.edit_requests import ProtectorWish, VolumeWish
@@ -127,9 +131,134 @@ async def test_idle_connections_make_room_for_new_ones(serve_here: ServeHere) ->
                 sock.close()
 
 
-async def test_requests_twice_or_out_of_order_are_answered(serve_here: ServeHere) -> None:
-    async with serve_here() as served:
+async def test_a_flood_of_connections_holds_up_no_request(serve_here: ServeHere) -> None:
+    """Every one that is let in is followed by the next: the backlog is never empty."""
+    stop = threading.Event()
+
+    def flood(path: str) -> None:
+        end_s = time.monotonic() + 15  # also if the agent does nothing else any more
+        while not stop.is_set() and time.monotonic() < end_s:
+            socks = []
+            for _ in range(40):
+                sock = socket.socket(socket.AF_UNIX)
+                sock.setblocking(False)
+                socks.append(sock)
+                with contextlib.suppress(OSError):
+                    sock.connect(path)
+            for sock in socks:
+                sock.close()
+
+    answered = 0
+    async with serve_here() as served, trio.open_nursery() as nursery:
         with raw_connection(served.path) as sock:
-            for number in (9, 3, 3, 1 << 62, 1):
-                sock.send(encode_request(number, "status", {}))
-                assert await trio.to_thread.run_sync(sock.recv, 1000)
+            nursery.start_soon(trio.to_thread.run_sync, flood, served.path)
+            try:
+                with trio.fail_after(10):
+                    while answered < 20:
+                        sock.send(encode_request(1, "lock", {"volume_id": bytes(16)}))
+                        assert await trio.to_thread.run_sync(sock.recv, 1000), "it was hung up on"
+                        answered += 1
+            finally:
+                stop.set()
+
+
+async def test_a_request_that_was_sent_is_answered_before_its_connection_makes_room(serve_here: ServeHere) -> None:
+    async with serve_here() as served:
+        with raw_connection(served.path) as first, contextlib.ExitStack() as others:
+            await settled(lambda: served.server.connections == 1)
+            for number in range(server.CONNECTIONS_MAX - 1):
+                others.enter_context(raw_connection(served.path))
+                await settled(lambda number=number: served.server.connections == number + 2)  # type: ignore[misc]
+            # In one stretch, so the agent finds the request and the newcomer at the same moment.
+            others.enter_context(raw_connection(served.path))
+            first.send(encode_request(7, "status", {}))
+            assert await trio.to_thread.run_sync(first.recv, 1000), "it was the one idle longest, until it asked"
+
+
+def said(data: bytes) -> list[tuple[int, str]]:
+    """(request id, code or ``ok``) of what was answered, in order; pushes are left out."""
+    out = []
+    for answer in AnswerDecoder().feed(data):
+        if isinstance(answer, Reply):
+            out.append((answer.request_id, "ok"))
+        elif isinstance(answer, Failure):
+            out.append((answer.request_id, answer.code))
+    return out
+
+
+def answers(sock: socket.socket, count: int) -> list[tuple[int, str]]:
+    data = b""
+    while len(said(data)) < count:
+        part = sock.recv(65536)
+        assert part
+        data += part
+    return said(data)
+
+
+FIRST = ProtectorWish("fake", "", b"right", {"cost": "low"})
+
+
+async def test_requests_replayed_or_out_of_order_change_nothing_they_should_not(serve_here: ServeHere) -> None:
+    async with serve_here(lock_deadline_s=20) as served, open_agent(served.path) as client:
+        data = await client.create(VolumeWish(4096, FIRST))
+        volume_id = parse_volume(data).volume_id
+        attach = {"volume_id": volume_id, "cipher_dir": b"/c", "mountpoint": b"/m", "volume": data}
+        detach = {"volume_id": volume_id, "keep": True}
+        locked = {"volume_id": volume_id, "unwritten": 0}
+        generate = {"volume_id": volume_id, "id": bytes(16), "purpose": "block", "count": 1}
+
+        async def one(sock: socket.socket, number: int, verb: str, args: dict[str, Any]) -> tuple[int, str]:
+            sock.send(encode_request(number, verb, args))
+            [answer] = await trio.to_thread.run_sync(answers, sock, 1)
+            return answer
+
+        with raw_connection(served.path) as daemon, raw_connection(served.path) as stranger:
+            assert await one(daemon, 1, "detach", detach) == (1, "protocol"), "before attach"
+            assert await one(daemon, 1, "locked", locked) == (1, "protocol"), "nothing is being locked"
+            assert await one(daemon, 9, "attach", attach) == (9, "ok")
+            assert await one(daemon, 9, "attach", attach) == (9, "ok"), "the same once more, with an id that was used"
+            assert await one(stranger, 9, "attach", attach) == (9, "busy"), "the same from another connection"
+            assert await one(stranger, 1 << 62, "detach", detach) == (1 << 62, "protocol")
+            assert await one(stranger, 1, "locked", locked) == (1, "protocol")
+            assert await one(daemon, 3, "locked", locked) == (3, "protocol"), "it was not asked to lock"
+            assert await one(stranger, 2, "generate", generate) == (2, "ok")
+            [volume] = (await client.status()).volumes
+            assert (volume.state, volume.mountpoint) == ("unlocked", "/m")
+            # Many at once, all of one id: each is answered, and each answer is to that id.
+            daemon.send(encode_request(4, "generate", generate) * 20 + encode_request(4, "attach", attach) * 5)
+            assert await trio.to_thread.run_sync(answers, daemon, 25) == [(4, "ok")] * 25
+            assert await one(daemon, 5, "detach", detach) == (5, "ok")
+            assert await one(daemon, 5, "detach", detach) == (5, "protocol"), "twice"
+            assert await one(stranger, 6, "attach", attach) == (6, "ok"), "it is free now"
+            assert await one(stranger, 7, "lock", {"volume_id": bytes(16)}) == (7, "ok")
+            stranger.send(encode_request(8, "lock", {"volume_id": volume_id}))
+            with trio.fail_after(10):
+                while (await client.status()).volumes[0].state != "locking":  # noqa: ASYNC110 - the agent's to say
+                    await trio.sleep(0.01)
+            stranger.send(encode_request(8, "locked", locked) * 2)
+            ended = await trio.to_thread.run_sync(answers, stranger, 3)
+            assert sorted(ended) == [(8, "ok"), (8, "ok"), (8, "protocol")], "the second word comes too late"
+            assert await one(stranger, 8, "locked", locked) == (8, "protocol"), "the word counts once"
+            assert await one(daemon, 6, "generate", generate) == (6, "locked")
+        await client.unlock(volume=data, cipher_dir="/c", secret=b"right")
+
+
+async def test_a_client_that_never_reads_its_answers_costs_nobody_else(serve_here: ServeHere) -> None:
+    async with serve_here() as served, open_agent(served.path) as client:
+        data = await client.create(VolumeWish(4096, FIRST))
+        volume_id = parse_volume(data).volume_id
+        args = {"volume_id": volume_id, "id": bytes(16), "purpose": "block", "count": 4096}
+        request = encode_request(1, "generate", args)
+        with raw_connection(served.path) as deaf:
+            deaf.setblocking(False)
+            sent = 0
+            with trio.fail_after(20):
+                while sent < 10_000:
+                    try:
+                        sent += deaf.send(request * 50) // len(request)
+                    except BlockingIOError:
+                        break  # it is not read any more
+                    await trio.sleep(0.01)
+            assert sent < 10_000, "requests are taken from who reads no answers"
+            assert await client.generate(volume_id, bytes(16), "block", 1)
+        await settled(lambda: served.server.connections == 1)

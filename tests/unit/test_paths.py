@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,24 @@ def test_socket_addresses_of_any_length(short_tmp: Path, length: int) -> None:
         with paths.socket_address(path) as address:
             client.connect(address)
     assert os.path.exists(path)
+
+
+def test_a_full_backlog_is_waited_for_as_long_as_the_socket_says(short_tmp: Path) -> None:
+    path = str(short_tmp / "sock")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as waiting:
+        listener.bind(path)
+        listener.listen(0)
+
+        def another(timeout_s: float) -> None:
+            sock = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            sock.settimeout(timeout_s)
+            paths.connect(sock, path)
+
+        another(0)
+        for timeout_s in (0, 0.05):
+            with pytest.raises(BlockingIOError):
+                another(timeout_s)
+        accepting = threading.Timer(0.1, lambda: waiting.enter_context(listener.accept()[0]))
+        accepting.start()
+        another(20)
+        accepting.join()
