@@ -8,7 +8,7 @@
     +-- WrongSecret                13   no protector opens with the secret given
     +-- VolumeBusy                 14   the volume is mounted (or being changed) already
     +-- MountpointUnusable         15   missing, not empty, busy, or not a mount of ours
-    +-- AgentUnavailable           16   no agent, it died in mid-request, or it sent rubbish
+    +-- AgentUnavailable           16   no agent, it died in mid-request, hangs, or sent rubbish
     +-- VolumeLocked               17   the agent does not hold this volume's KEK
     +-- MissingDependency          18   /dev/fuse, fusermount3 or a library is missing
     +-- StoreFailed                19   the backing store said no (full, read-only, I/O error)
@@ -78,9 +78,13 @@ class MountpointUnusable(CryptfsError):
 
 
 class AgentUnavailable(CryptfsError):
-    """The key agent is not there, died in mid-request, or sent rubbish."""
+    """The key agent is not there, died in mid-request, hangs, or sent rubbish.
+
+    `silent_pid`: the process that is there and does not answer; 0: there is none.
+    """
 
     exit_code = 16
+    silent_pid = 0
 
 
 class VolumeLocked(CryptfsError):

@@ -104,9 +104,15 @@ def connect(sock: socket.socket, path: str) -> None:
                 if time.monotonic() >= end_s:
                     raise
                 time.sleep(_FULL_PAUSE_S)
-    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    _, uid = peer_of(sock)
     if uid != os.geteuid():
         raise NotPermitted(f"the key agent at {path} belongs to another user (uid {uid})")
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int]:
+    """(process, user) of whoever listens at the other end of a connected Unix socket (SO_PEERCRED, unix(7))."""
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid
 
 
 @contextlib.contextmanager

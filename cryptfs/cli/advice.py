@@ -46,6 +46,9 @@ def hint_for(error: errors.CryptfsError) -> str:
         return own[0]
     if _IN_A_MOUNT in str(error):
         return "have XDG_STATE_HOME name a directory outside of every cryptfs mount; then `cryptfs agent stop`"
+    if isinstance(error, errors.AgentUnavailable) and error.silent_pid:
+        pid = error.silent_pid
+        return f"`kill -CONT {pid}` has it go on if it was stopped; `kill -9 {pid}` ends it, and mounts lock themselves"
     return next((_BY_CLASS[cls] for cls in type(error).__mro__ if cls in _BY_CLASS), "")
 
 

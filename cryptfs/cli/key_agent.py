@@ -39,7 +39,7 @@ async def _once(request: Request[T]) -> T:
             reached = True
             return await request(client)
     except AgentUnavailable as error:
-        if reached:
+        if reached or error.silent_pid:
             raise
         raise NotReached(str(error)) from error
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -16,10 +17,14 @@ from cryptfs.format.agent_codes import error_of
 from cryptfs.format.agent_msg import AnswerDecoder, Failure, Reply, encode_request
 from cryptfs.keys.agent_answers import get_hello
 from cryptfs.keys.agent_socket import connected
+from cryptfs.paths import peer_of
 
 T = TypeVar("T")
 
 PATIENCE_S = 30.0
+SILENCE_S, SIGN_OF_LIFE_S = 10.0, 5.0
+"""After how long without an answer the agent is asked on another connection whether it is alive, and how long it has to
+say so: a lock may take its time, an agent that hangs has none to offer."""
 ATTEMPTS = 4
 """An agent that is ending hangs up on connections it has, then on those that wait to be accepted, then is gone."""
 _RECV_BYTES = 64 << 10
@@ -52,12 +57,16 @@ def ask(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], 
 
 
 def answered(sock: socket.socket, read: Callable[[Mapping[str, Any]], T], otherwise: T) -> T:
-    """The result of the one request that was sent on `sock`, which is closed; `otherwise` if there is no answer."""
+    """The result of the one request that was sent on `sock`, which is closed; `otherwise` if there is no answer.
+
+    Raises `AgentUnavailable` if the agent hangs.
+    """
     with sock:
-        sock.settimeout(PATIENCE_S)
         try:
-            return read(_result(_answer(sock)))
-        except (OSError, EOFError, CryptfsError):
+            return read(_result(_awaited(sock)))
+        except (OSError, EOFError, CryptfsError) as error:
+            if isinstance(error, AgentUnavailable) and error.silent_pid:
+                raise
             return otherwise
 
 
@@ -79,6 +88,8 @@ def tell(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]],
             hello = _answer(sock, decoder)
             if isinstance(hello, Reply):
                 get_hello(hello.result)
+        except TimeoutError:
+            raise _silent(sock) from None
         except (OSError, EOFError, ProtocolError) as error:
             raise NotReached(f"the key agent does not answer: {error}") from None
         _result(hello)
@@ -91,7 +102,7 @@ def tell(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]],
         except ProtocolError as error:
             raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
         except TimeoutError:
-            raise AgentUnavailable("the key agent does not answer") from None
+            raise _silent(sock) from None
         except (OSError, EOFError) as error:
             raise AgentUnavailable(f"the key agent is gone: {error}") from None
     raise error_of(answer.code, answer.message)
@@ -104,7 +115,7 @@ def _ask_once(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
             return None
         try:
             sock.sendall(encode_request(1, verb, args))
-            answer = _answer(sock)
+            answer = _awaited(sock)
         except ConnectionError:
             raise
         except (OSError, ProtocolError) as error:
@@ -117,6 +128,37 @@ def _result(answer: Reply | Failure) -> Mapping[str, Any]:
     if isinstance(answer, Failure):
         raise error_of(answer.code, answer.message)
     return answer.result
+
+
+def _awaited(sock: socket.socket) -> Reply | Failure:
+    """The answer, for which the agent may take its time, if it is alive. Raises `AgentUnavailable` if it is not."""
+    readable, _, _ = select.select([sock], [], [], SILENCE_S)
+    if not readable and not _is_alive():
+        raise _silent(sock)
+    sock.settimeout(PATIENCE_S)
+    return _answer(sock)
+
+
+def _is_alive() -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(SIGN_OF_LIFE_S)
+        try:
+            if agent_process.reached(sock):
+                sock.sendall(encode_request(1, "hello", {"role": "cli"}))
+                _answer(sock)
+        except TimeoutError:
+            return False
+        except (OSError, EOFError, CryptfsError):
+            return True  # whatever it is, it is no silence: whoever waits for the answer finds out
+    return True
+
+
+def _silent(sock: socket.socket) -> AgentUnavailable:
+    """The error that says which process is at the other end and does not answer."""
+    pid, _ = peer_of(sock)
+    error = AgentUnavailable(f"the key agent (process {pid}) does not answer")
+    error.silent_pid = pid
+    return error
 
 
 def _answer(sock: socket.socket, decoder: AnswerDecoder | None = None) -> Reply | Failure:

@@ -15,7 +15,7 @@ from cryptfs.fs.volume import Volume
 from cryptfs.fuse.forgetting import Forgetting
 from cryptfs.fuse.gate import Gate
 from cryptfs.keys.cache import KeyCache
-from cryptfs.keys.link import AgentLink, Mounted
+from cryptfs.keys.link import AgentLink, Mounted, tick_for
 from cryptfs.ports import Clock
 
 
@@ -31,6 +31,7 @@ class Keyed:
         self.heard: list[Callable[[str, Mapping[str, Any]], None]] = []
         """Who else is told what the agent pushes, as `AgentLink` tells it."""
         self.link = AgentLink(nursery, args.agent_socket, mounted, self._on_event)
+        self.link.tick_s = tick_for(self.policies.now.lifetime_s)
         self.keys = KeyCache(self.link, self.policies.now, clock)
         self.policies.rule(self.keys)
 
@@ -39,6 +40,8 @@ class Keyed:
             hears(kind, event)
         if not self.policies.on_event(kind, event):
             self.locking.on_event(kind, event)
+        elif kind == "policy":
+            self.link.tick_s = tick_for(self.policies.now.lifetime_s)
 
     def serve_keys(self) -> None:
         """Start what keeps keys no longer than they may be kept, and answers the agent about them."""

@@ -9,6 +9,9 @@ Until keys are overwritten the agent goes on serving this process; if that takes
 When the agent is gone, everything is written at once with the keys at hand. What needs no new key goes on, until the
 last key is too old; then the volume is locked as above, without the agent. Writes that need a key wait for it until
 then. An agent that comes back with the KEK in time ends that; later, the first request that finds the gate closed does.
+
+An agent that hangs is one that is gone, from when it was heard last: no key came later. From then on nothing here may
+wait for it: locking asks for no key, and who finds the gate closed waits for it a moment, once, not for each request.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ _SECOND_LOOK_S = 1.0
 _RETRY_S = 0.5
 _KNOCK_S = 1.0
 """How often a missing agent is looked for while keys are still good."""
+_ATTACH_S, _SHORTLY_S = 2.0, 0.05
+"""How long an attempt to attach again is waited for by those who find the gate closed, from its beginning; and how long
+if it takes longer than that, as it does where the agent hangs."""
 
 
 class State(enum.Enum):
@@ -59,23 +65,27 @@ class Locking:
         self._policies = policies
         self._send, self._events = trio.open_memory_channel[tuple[str, Mapping[str, Any]]](math.inf)
         self._adrift_until = math.inf
+        self._attaching: trio.Event | None = None
+        self._attaching_since = 0.0
         self._refused_send, self._refused = trio.open_memory_channel[tuple[int, int, int]](math.inf)
 
     def on_event(self, kind: str, event: Mapping[str, Any]) -> None:
         """See `AgentLink`. Never blocks."""
         if kind == "gone":
-            self._lost()
+            heard_at = event.get("heard_at")
+            self._lost(trio.current_time() if heard_at is None else heard_at)
         self._send.send_nowait((kind, event))
 
-    def _lost(self) -> None:
+    def _lost(self, since: float) -> None:
+        """No key came after `since` (trio's clock)."""
         if self.state is State.OPEN:
             self.state = State.ADRIFT
-            self._adrift_until = trio.current_time() + self._policies.now.lifetime_s
+            self._adrift_until = since + self._policies.now.lifetime_s
 
     def _short(self) -> None:
         """A write could not have its key."""
         if self.state is State.OPEN:
-            self._lost()
+            self._lost(trio.current_time())
             self._send.send_nowait(("gone", {}))
 
     async def serve(self, link: AgentLink, keys: KeyCache, volume: Volume, session: Forgetting) -> None:
@@ -136,10 +146,24 @@ class Locking:
 
     async def _knock(self) -> None:
         """Somebody finds the gate closed: is there an agent again, with the KEK?"""
-        if self.state is State.LOCKED and not self._link.connected:
+        if self.state is not State.LOCKED or self._link.connected:
+            return
+        now = trio.current_time()
+        if self._attaching is None:
+            self._attaching, self._attaching_since = trio.Event(), now
+            self._nursery.start_soon(self._attach_again, self._attaching)
+        with trio.move_on_at(max(self._attaching_since + _ATTACH_S, now + _SHORTLY_S)):
+            await self._attaching.wait()
+
+    async def _attach_again(self, over: trio.Event) -> None:
+        """One attempt at a time, however many knock: it goes on when they are refused, and a hung agent may wake up."""
+        try:
             with suppress(CryptfsError):
                 await self._link.attach()
                 await self._reopen()
+        finally:
+            self._attaching = None
+            over.set()
 
     # closing and opening ---------------------------------------------------------------------------------------
 
@@ -153,6 +177,7 @@ class Locking:
         self.state, self._adrift_until = State.CLOSING, math.inf
         # Without the agent no write can be helped any more, and the kernel would wait for it.
         self._gate.set(closed=True, refusing=not agent)
+        self._link.apart = not agent
         self._link.interrupt()
         with trio.move_on_after(within_s if agent else _DEADLINE_S):
             await self._session.drop_everything()
@@ -203,7 +228,7 @@ class Locking:
                 log.error("the volume stays locked: %s", error)  # noqa: TRY400 - no fault of ours
                 return
             self._keys.reopen()
-        self.state, self._adrift_until = State.OPEN, math.inf
+        self.state, self._adrift_until, self._link.apart = State.OPEN, math.inf, False
         log.info("the volume is unlocked")
         self._gate.set(closed=False, refusing=False)
 

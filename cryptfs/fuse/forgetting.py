@@ -24,6 +24,8 @@ log = logging.getLogger("cryptfs")
 
 _THREADS = 16
 """They wait for the kernel, which waits for us where pages are dirty; those that do not must find a thread."""
+_FILE_THREADS = _THREADS - 2
+"""One is left for names, one for the sync."""
 _PIECE_BYTES, _PIECES_MAX = 64 << 20, 16
 """Of a file that nobody writes: as much as makes use of the processors."""
 _WRITTEN_PIECE_BYTES, _WRITTEN_PIECES_MAX = 2 << 20, 512
@@ -64,11 +66,15 @@ class Forgetting:
         files that only the kernel remembers. Meanwhile dirty pages are fetched in bulk: one by one, as dropping
         fetches them, takes a hundred times as long. May be cancelled.
         """
-        names = functools.partial(self._drop_names, await self._top_names())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sync_quietly)
-            nursery.start_soon(self._in_threads, [names])
             nursery.start_soon(self._drop_files, self._pieces())
+            nursery.start_soon(self._drop_all_names)
+
+    async def _drop_all_names(self) -> None:
+        # What they are takes a key, which may have to be asked for: content does not wait for that.
+        names = await self._top_names()
+        await self._in_threads([functools.partial(self._drop_names, names)])
 
     async def _sync_quietly(self) -> None:
         # The mount point may be gone, the mount being detached: then every page is fetched by dropping it.
@@ -116,7 +122,7 @@ class Forgetting:
         """Each thread takes the next piece until there is none."""
         sys.setswitchinterval(_SWITCH_S)
         try:
-            await self._in_threads([functools.partial(self._drop_pages, pieces)] * min(_THREADS, len(pieces)))
+            await self._in_threads([functools.partial(self._drop_pages, pieces)] * min(_FILE_THREADS, len(pieces)))
         finally:
             sys.setswitchinterval(_USUAL_SWITCH_S)
 

@@ -224,11 +224,23 @@ async def connect(
     `on_push` is called with each event, between two awaits of the loop: it must neither block nor raise. Raises
     `AgentUnavailable` if no agent answers; `NotPermitted` if the socket or the agent is another user's.
     """
-    client = AgentClient(connected(socket_path), on_push, linger=linger)
-    nursery.start_soon(client.run)
+    client = started(nursery, socket_path, on_push=on_push, linger=linger)
     try:
         await client.hello(role)
     except BaseException:
         client.close()
         raise
+    return client
+
+
+def started(
+    nursery: trio.Nursery,
+    socket_path: str,
+    *,
+    on_push: Callable[[Mapping[str, Any]], None] | None = None,
+    linger: bool = True,
+) -> AgentClient:
+    """As `connect`, but for `hello`, which is the caller's to say. Raises as `agent_socket.connected`."""
+    client = AgentClient(connected(socket_path), on_push, linger=linger)
+    nursery.start_soon(client.run)
     return client

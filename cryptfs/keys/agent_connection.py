@@ -20,6 +20,7 @@ from cryptfs.crypto.secret import overwrite
 from cryptfs.errors import AgentUnavailable, ProtocolError
 from cryptfs.format.agent_codes import error_of
 from cryptfs.format.agent_msg import Answer, AnswerDecoder, Failure, Push, Reply, encode_request
+from cryptfs.paths import peer_of
 from cryptfs.sending import Sender
 
 RECV_BYTES = 64 << 10
@@ -31,7 +32,11 @@ LINGERS_IN_A_ROW = 16
 """Requests answered so before other tasks get their turn."""
 TICK_S = 10.0
 PATIENCE_TICKS = 2
-"""A request unanswered for this many ticks means that the agent hangs."""
+"""A request unanswered for this many ticks means that the agent hangs.
+
+Ticks are counted by this process's loop: time in which it does not run itself (a suspended or overloaded machine, a
+stopped process) is no silence of the agent's.
+"""
 
 
 class _Waiting:
@@ -71,8 +76,13 @@ class AgentConnection:
         self._sender = Sender(sock, self._cannot_send)
         self._scope = trio.CancelScope()
         self._lost: str | None = None
+        self._silent_pid = 0
         self.lost = trio.Event()
         """Set once the connection is of no more use."""
+        self.tick_s = TICK_S
+        """Seconds, read anew for each tick; see `PATIENCE_TICKS`."""
+        self.heard_at = trio.current_time()
+        """When anything came from the agent last (trio's clock): no key that it gave is younger."""
 
     # the connection --------------------------------------------------------------------------------------------
 
@@ -95,8 +105,21 @@ class AgentConnection:
         """End the connection; waiting requests raise `AgentUnavailable`."""
         self._lose("the connection to the key agent is closed")
 
-    def _why(self) -> str:
-        return self._lost or "the key agent is gone"
+    @property
+    def hangs(self) -> bool:
+        """Whether the connection was given up because the agent is there and does not answer."""
+        return self._silent_pid != 0
+
+    def _unavailable(self) -> AgentUnavailable:
+        error = AgentUnavailable(self._lost or "the key agent is gone")
+        error.silent_pid = self._silent_pid
+        return error
+
+    def _give_up(self) -> None:
+        """The agent is there and does not answer."""
+        pid, _ = peer_of(self._sock)
+        self._silent_pid = pid
+        self._lose(f"the key agent (process {pid}) does not answer")
 
     def _lose(self, why: str) -> None:
         if self._lost is not None:
@@ -125,6 +148,7 @@ class AgentConnection:
         if not have:
             self._lose("the key agent closed the connection")
             return True
+        self.heard_at = trio.current_time()
         try:
             for answer in self._decoder.feed(self._received[:have]):
                 self._take(answer)
@@ -168,11 +192,11 @@ class AgentConnection:
     async def _watch(self) -> None:
         # Ticks instead of a timeout around each request: a request is on the path of every small file's first read.
         while True:
-            await trio.sleep(TICK_S)
+            await trio.sleep(self.tick_s)
             for entry in self._waiting.values():
                 entry.ticks_left -= 1
             if any(entry.ticks_left < 0 for entry in self._waiting.values()):
-                self._lose("the key agent does not answer")
+                self._give_up()
 
     # requests --------------------------------------------------------------------------------------------------
 
@@ -187,7 +211,7 @@ class AgentConnection:
         If cancelled, the answer is dropped when it comes.
         """
         if self._lost is not None:
-            raise AgentUnavailable(self._lost)
+            raise self._unavailable()
         self._last_id = request_id = self._last_id + 1
         message = encode_request(request_id, verb, args)
         entry = self._waiting[request_id] = _Waiting(patience_ticks)
@@ -211,7 +235,7 @@ class AgentConnection:
             return answer.result
         if isinstance(answer, Failure):
             raise error_of(answer.code, answer.message)
-        raise AgentUnavailable(self._why())
+        raise self._unavailable()
 
     def interrupt(self) -> None:
         """Have every request that waits for its answer fail with `VolumeLocked` now; answers that come are dropped."""

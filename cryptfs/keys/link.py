@@ -1,21 +1,36 @@
 """The daemon's connection to the agent: made when needed, made anew when lost.
 
 While there is no agent, or it does not hold the volume's KEK, every request fails at once with `AgentUnavailable` or
-`VolumeLocked`; the first request after it is back finds it again. Nothing polls.
+`VolumeLocked`; the first request after it is back finds it again.
+
+An agent that hangs keeps its connection. So it is asked for a sign of life (`hello`) every tick, whether anybody needs
+a key or not, and given up like one that is gone when it was silent for three ticks. The shorter keys may live, the
+shorter the ticks; never so short that an agent that is only slow is given up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
-from cryptfs.errors import AgentUnavailable
-from cryptfs.keys.agent_client import AgentClient, connect
+from cryptfs.errors import AgentUnavailable, CryptfsError
+from cryptfs.keys.agent_client import AgentClient, started
+from cryptfs.keys.agent_connection import TICK_S
 from cryptfs.keys.rotation_requests import Report
 from cryptfs.keys.volume_requests import VolumeRequests
+
+TICK_MIN_S = 5.0
+TICKS_PER_LIFETIME = 4
+"""The last tick of the silence, and the one before the first, are not whole: four are over with the last key."""
+
+
+def tick_for(lifetime_s: float) -> float:
+    """How often to ask for a sign of life (seconds) where no key lives longer than this."""
+    return min(TICK_S, max(TICK_MIN_S, lifetime_s / TICKS_PER_LIFETIME))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +48,8 @@ class AgentLink(VolumeRequests):
 
     `on_event` is called, between two awaits, with what the agent pushes about the volume (`locking`, `locked`,
     `unlocked`, `policy`, `report`: docs/AGENT_PROTOCOL.md), `policy` when attached too, with `gone` when the connection
-    is lost, with `back` when there is one again.
+    is lost (`heard_at`: when the agent was heard last, on trio's clock, if it hangs), with `back` when there is one
+    again.
     """
 
     def __init__(
@@ -48,13 +64,18 @@ class AgentLink(VolumeRequests):
         self.read_volume = mounted.read_volume
         self.shown = b""
         """The `volume` file as the agent last found it authentic."""
+        self.apart = False
+        """While set, no request looks for an agent that is away: only `attach` does."""
+        self.tick_s = TICK_S
+        """How often to ask for a sign of life; see `tick_for`."""
         self._client: AgentClient | None = None
+        self._joining: AgentClient | None = None
         self._connecting = trio.Lock()
         self._closing = False
 
     async def attach(self) -> None:
         """Connect and attach now. Raises what `connect` and `AgentClient.attach` raise."""
-        await self._connected()
+        await self._connected(anew=True)
 
     @property
     def connected(self) -> bool:
@@ -90,9 +111,10 @@ class AgentLink(VolumeRequests):
         await (await self._connected()).request("rotation", report.args(self._mounted.volume_id))
 
     def interrupt(self) -> None:
-        """Have requests that wait for the agent fail now."""
-        if self._client is not None:
-            self._client.interrupt()
+        """Have requests that wait for the agent fail now, those among them that wait to be connected to it."""
+        for client in (self._client, self._joining):
+            if client is not None:
+                client.interrupt()
 
     async def _attach(self, client: AgentClient) -> None:
         mounted, data = self._mounted, self.read_volume()
@@ -114,31 +136,55 @@ class AgentLink(VolumeRequests):
             finally:
                 client.close()
 
-    async def _connected(self) -> AgentClient:
+    async def _connected(self, *, anew: bool = False) -> AgentClient:
+        client = self._client_that_works(anew=anew)
+        if client is not None:
+            return client
+        async with self._connecting:
+            client = self._client_that_works(anew=anew)
+            if client is not None:
+                return client
+            client = self._joining = started(self._nursery, self._socket_path, on_push=self._pushed)
+            client.tick_s = self.tick_s
+            try:
+                await client.hello("daemon")
+                await self._attach(client)
+            except BaseException:
+                client.close()
+                raise
+            finally:
+                self._joining = None
+            self._client = client
+            self._nursery.start_soon(self._watch, client)
+            self._nursery.start_soon(self._ask_for_signs_of_life, client)
+            self._on_event("back", {})
+            return client
+
+    def _client_that_works(self, *, anew: bool) -> AgentClient | None:
+        """Raises `AgentUnavailable` if there is none and none is to be made."""
         client = self._client
         if client is not None and not client.lost.is_set():
             return client
         if self._closing:
             raise AgentUnavailable("the volume is being unmounted")
-        async with self._connecting:
-            client = self._client
-            if client is not None and not client.lost.is_set():
-                return client
-            client = await connect(self._nursery, self._socket_path, role="daemon", on_push=self._pushed)
-            try:
-                await self._attach(client)
-            except BaseException:
-                client.close()
-                raise
-            self._client = client
-            self._nursery.start_soon(self._watch, client)
-            self._on_event("back", {})
-            return client
+        if self.apart and not anew:
+            raise AgentUnavailable("the key agent is away")
+        return None
 
     async def _watch(self, client: AgentClient) -> None:
         await client.lost.wait()
         if not self._closing:
-            self._on_event("gone", {})
+            self._on_event("gone", {"heard_at": client.heard_at} if client.hangs else {})
+
+    async def _ask_for_signs_of_life(self, client: AgentClient) -> None:
+        """Until the connection is lost, which an unanswered question makes it."""
+        while not client.lost.is_set():
+            client.tick_s = self.tick_s
+            with trio.move_on_after(self.tick_s):
+                await client.lost.wait()
+            # Interrupted (the volume is being locked), it is asked again.
+            with suppress(CryptfsError):
+                await client.hello("daemon")
 
     def _pushed(self, event: Mapping[str, Any]) -> None:
         kind = event.get("event")

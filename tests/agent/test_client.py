@@ -24,8 +24,13 @@ Answer = Callable[[int, str], bytes | None]
 
 
 @contextlib.asynccontextmanager
-async def fake_agent(path: Path, answer: Answer) -> AsyncIterator[str]:
-    """A listener at `path` that says hello properly and everything else as `answer` says."""
+async def fake_agent(
+    path: Path, answer: Answer, says_hello: Callable[[int], bool] = lambda _: True
+) -> AsyncIterator[str]:
+    """A listener at `path` that says hello properly and everything else as `answer` says.
+
+    `says_hello`, by request id: else nothing is said to a hello.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as plain:
         plain.bind(str(path))
         plain.listen()
@@ -36,10 +41,11 @@ async def fake_agent(path: Path, answer: Answer) -> AsyncIterator[str]:
             async with stream:
                 async for data in stream:
                     for request in decoder.feed(bytes(data)):
-                        reply = encode_reply(request.request_id, HELLO)
-                        if request.verb != "hello":
-                            if (said := answer(request.request_id, request.verb)) is None:
-                                return
+                        if request.verb == "hello":
+                            reply = encode_reply(request.request_id, HELLO) if says_hello(request.request_id) else b""
+                        elif (said := answer(request.request_id, request.verb)) is None:
+                            return
+                        else:
                             reply = said
                         if reply:
                             await stream.send_all(reply)
