@@ -228,6 +228,17 @@ class FileNode(Reading):
         self._stock_next = start + count
         return stock, start
 
+    def has_deks(self, count: int) -> bool:
+        """Whether as many unused DEKs are at hand."""
+        stock = self._stock
+        return stock is not None and not stock.wiped and len(stock.keys) - self._stock_next >= count
+
+    async def stock_up(self, count: int) -> None:
+        """Have `count` unused DEKs at hand. Raises what keys raise."""
+        stock = await self.ctx.keys.generate(self.state.file_id, Purpose.BLOCK, count)
+        # In one stretch: who took DEKs before refers to the stock they are of, and who awaits a stock brings its own.
+        self._stock, self._stock_next = stock, 0
+
     def _make_room(self, size: int) -> None:
         """Let the data file reach the end of a file of `size` bytes: its size is how `stat` knows the file's."""
         state = self.state

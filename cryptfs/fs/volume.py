@@ -15,6 +15,7 @@ from cryptfs.fs.files import Files
 from cryptfs.fs.inodes import ROOT_INO, Inode, InodeTable
 from cryptfs.fs.namespace import Namespace
 from cryptfs.fs.reaper import Reaper, remove_tree
+from cryptfs.fs.reserve import Reserve
 from cryptfs.fs.sealed_log import header_of
 from cryptfs.fs.xattr import Xattrs
 from cryptfs.names import DIR_LOG
@@ -31,6 +32,7 @@ class Volume:
         self.files = Files(ctx, self.inodes, self.reaper)
         self.names = Namespace(ctx, self.inodes, self.files, self.reaper)
         self.xattrs = Xattrs(ctx, self.inodes, self.files)
+        self.reserve = Reserve()
         self._background = trio.CancelScope()
         self._idle: trio.Event | None = None
         self._flushing = trio.Lock()
@@ -51,6 +53,7 @@ class Volume:
                     if not self.ctx.read_only:
                         nursery.start_soon(self.ctx.freshness.serve)
                         nursery.start_soon(self.files.serve)
+                        nursery.start_soon(self.reserve.serve)
                         nursery.start_soon(self.reaper.serve)
                     for other in others:
                         nursery.start_soon(other)

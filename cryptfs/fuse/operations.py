@@ -167,6 +167,8 @@ class Operations(pyfuse3.Operations):
         if name == _CAPABILITY:
             # The kernel asks before every write(2): no more than this, if there are none.
             known = self._inodes.find(inode)
+            if known is not None and known.file is not None:
+                self._volume.reserve.about_to_be_written(known.file)
             if known is not None and self._xattrs.surely_none(known):
                 raise pyfuse3.FUSEError(errno.ENODATA)
         return await self._getxattr(inode, name)

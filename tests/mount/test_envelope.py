@@ -8,8 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,49 @@ def test_what_the_kernel_holds_when_the_agent_dies_is_written_with_the_keys_at_h
         os.fsync(out.fileno())
     mounted.remount()
     assert (mounted.clear / "file").read_bytes() == b"new" * 5000
+
+
+@pytest.mark.parametrize("size", [50_000, 1 << 20])
+def test_what_the_kernel_held_back_when_the_agent_died_survives_the_daemon_too(box: Box, size: int) -> None:
+    """Written, neither synced nor closed, and the agent killed: on disk before the mount locks itself."""
+    box.mount("--max-age", "3")
+    content = os.urandom(size)
+    fd = os.open(box.clear / "new", os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        assert os.write(fd, content) == size
+        time.sleep(1)  # what docs/KEYS.md grants: the keys are brought once the file is seen to stay open
+        box.kill_agent()
+        assert wait_until(lambda: "the volume is locked, after" in box.log(), 20)
+        box.kill_daemon()
+    finally:
+        with suppress(OSError):  # the daemon is gone
+            os.close(fd)
+    box.mount()
+    assert (box.clear / "new").read_bytes() == content
+
+
+def test_what_was_held_back_is_there_after_unlock(box: Box) -> None:
+    box.mount("--max-age", "3")
+    content = os.urandom(1 << 20)
+    with (box.clear / "new").open("w+b", buffering=0) as out:
+        out.write(content)
+        time.sleep(1)
+        box.kill_agent()
+        assert wait_until(lambda: "the volume is locked, after" in box.log(), 20)
+        box.unlock()
+        assert os.pread(out.fileno(), len(content) + 1, 0) == content
+        os.fsync(out.fileno())
+
+
+def test_closing_what_was_written_while_the_volume_is_locked_says_that_it_is_lost(mounted: Box) -> None:
+    (mounted.clear / "file").write_bytes(CONTENT)
+    fd = os.open(mounted.clear / "file", os.O_WRONLY)
+    mounted.run("lock", mounted.clear)
+    os.pwrite(fd, bytes(mmap.PAGESIZE), 0)  # whole pages: the kernel takes them without asking
+    with refused(errno.EIO, errno.ENOKEY):
+        os.close(fd)
+    mounted.unlock()
+    assert (mounted.clear / "file").read_bytes() == CONTENT
 
 
 def test_a_write_that_gets_no_key_waits_for_one_as_long_as_a_key_may_live_and_then_says_so(box: Box) -> None:
