@@ -123,23 +123,24 @@ class Attributes(Opening):
         return await self.attr(inode)
 
     @staticmethod
-    def drop_set_id(file: FileNode, in_group: Callable[[int], bool]) -> bool:
-        """Take set-user-id and set-group-id from an open file, as its being cut by an ordinary user does.
+    def set_id_lost(file: FileNode, in_group: Callable[[int], bool]) -> int:
+        """Which of set-user-id and set-group-id an open file is to lose when an ordinary user cuts it.
 
         Set-group-id without group execute is no right, and stays for members of the file's group (`in_group`, given the
-        gid). Whether there was anything to take: then the kernel has to be told.
+        gid).
         """
+        st = file.state.ctx.store.fstat(file.state.data_fd)
+        lost = st.st_mode & (stat.S_ISUID | stat.S_ISGID)
+        if lost & stat.S_ISGID and not st.st_mode & stat.S_IXGRP and in_group(st.st_gid):
+            lost &= ~stat.S_ISGID
+        return lost
+
+    @staticmethod
+    def drop_set_id(file: FileNode, lost: int) -> None:
+        """Take these mode bits from an open file; the kernel has to be told. Raises OSError."""
         store = file.state.ctx.store
-        st = store.fstat(file.state.data_fd)
-        mode = stat.S_IMODE(st.st_mode)
-        taken = mode & (stat.S_ISUID | stat.S_ISGID)
-        if taken & stat.S_ISGID and not mode & stat.S_IXGRP and in_group(st.st_gid):
-            taken &= ~stat.S_ISGID
-        if not taken:
-            return False
-        store.fchmod(file.state.data_fd, mode & ~taken)
+        store.fchmod(file.state.data_fd, stat.S_IMODE(store.fstat(file.state.data_fd).st_mode) & ~lost)
         file.state.meta_unsynced = True
-        return True
 
     async def touch(self, inode: Inode) -> None:
         """Move its ctime and nothing else. Raises OSError."""

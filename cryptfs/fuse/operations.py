@@ -49,7 +49,11 @@ _CAPABILITY = b"security.capability"
 
 
 class _Groups:
-    """Whether the caller of a request is in a group, or root: only they keep a setgid bit that others would lose."""
+    """Whether the caller of a request is in a group, or root: only they keep a setgid bit that others would lose.
+
+    Of a caller that is gone, or in a PID namespace that this process does not see (its pid is 0 here), nobody knows
+    more than its uid and gid.
+    """
 
     __slots__ = ("_ctx",)
 
@@ -58,7 +62,12 @@ class _Groups:
 
     def __call__(self, gid: int) -> bool:
         ctx = self._ctx
-        return ctx.uid == 0 or gid == ctx.gid or gid in pyfuse3.get_sup_groups(ctx.pid)
+        if ctx.uid == 0 or gid == ctx.gid:
+            return True
+        try:
+            return gid in pyfuse3.get_sup_groups(ctx.pid)
+        except OSError:
+            return False
 
 
 class _Listing:
@@ -251,8 +260,11 @@ class Operations(pyfuse3.Operations):
         if cut:
             # The kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for): no setattr follows.
             try:
+                # Asked before anything is lost: it may fail.
+                lost = 0 if ctx.uid == 0 else self._files.set_id_lost(file, _Groups(ctx))
                 await file.truncate(0)
-                if ctx.uid != 0 and self._files.drop_set_id(file, _Groups(ctx)):
+                if lost:
+                    self._files.drop_set_id(file, lost)
                     pyfuse3.invalidate_inode(inode, attr_only=True)
             except BaseException:
                 await self._files.release(known)

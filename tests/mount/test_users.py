@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,6 +141,39 @@ def test_a_file_that_is_cut_loses_its_set_id_bits(everybodys: Box) -> None:
     path.chmod(0o6777)
     os.close(os.open(path, os.O_WRONLY | os.O_TRUNC))
     assert stat.S_IMODE(path.stat().st_mode) == 0o6777
+
+
+IN_A_PID_NAMESPACE = """
+import ctypes, os, runpy, sys
+assert not ctypes.CDLL(None).unshare(0x20000000)
+pid = os.fork()
+if pid:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+sys.argv = sys.argv[2:]
+runpy.run_module("cryptfs.daemon", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_caller_that_the_daemon_cannot_see_is_in_no_group(box: Box) -> None:
+    """The daemon is in a PID namespace of its own: there the callers' number is 0."""
+    box.unlock()
+    with box.daemon(box.agent_socket, "-o", "allow_other", python=("-c", IN_A_PID_NAMESPACE)):
+        box.clear.chmod(0o777)
+        path = box.clear / "file"
+        path.write_text("content")
+        path.chmod(0o2666)
+        assert as_user(box.clear, lambda: os.close(os.open("file", os.O_WRONLY | os.O_TRUNC)), groups=(CLUB,)) == 0
+        assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("", 0o666)
+        path.chmod(0o2666)
+        os.chown(path, ANN, CLUB)
+
+        def set_acl() -> None:
+            acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, 6, 0xFFFFFFFF) for tag in (1, 4, 32))
+            os.setxattr("file", "system.posix_acl_access", acl)
+
+        path.chmod(0o2666)
+        assert as_user(box.clear, set_acl, groups=(CLUB,)) == 0
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666
 
 
 def test_everything_is_the_forced_owners(box: Box) -> None:
