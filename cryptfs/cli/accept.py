@@ -73,13 +73,14 @@ async def _accept_volume(client: AgentClient, cipher_dir: Path, volume_file: byt
     from cryptfs.ops.offline import Access
     from cryptfs.ports import Store
     from cryptfs.store.local import LocalStore
+    from cryptfs.store.owner import local_store
 
     config, clock = config_of(volume_file), SystemClock()
     requests = VolumeRequests.over(client, config.volume_id)
     keys = KeyCache(requests, CachePolicy(), clock)
 
     def make_store() -> Store:
-        return LocalStore(cipher_dir)
+        return local_store(cipher_dir)
 
     def close_store(store: Store) -> None:
         assert isinstance(store, LocalStore)

@@ -32,6 +32,7 @@ from cryptfs.ops.init import config_of
 from cryptfs.ops.offline import Access, Settle
 from cryptfs.ports import Store
 from cryptfs.store.local import LocalStore
+from cryptfs.store.owner import local_store
 
 T = TypeVar("T")
 
@@ -141,7 +142,7 @@ async def _reached(
         keys = KeyCache(VolumeRequests.over(client, config.volume_id), CachePolicy(max_entries=MAX_ENTRIES), clock)
 
         def make_store() -> Store:
-            return LocalStore(cipher_dir)
+            return local_store(cipher_dir)
 
         def close_store(store: Store) -> None:
             assert isinstance(store, LocalStore)

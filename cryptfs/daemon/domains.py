@@ -44,7 +44,7 @@ from cryptfs.keys.link import AgentLink, Mounted
 from cryptfs.ops.domains import domain_dir
 from cryptfs.ops.info import read_volume_file
 from cryptfs.ops.init import config_of
-from cryptfs.store.local import LocalStore
+from cryptfs.store.owner import local_store
 from cryptfs.types import DOMAINS_DIR
 
 log = logging.getLogger("cryptfs")
@@ -150,7 +150,7 @@ class Domains:
             return self._volume_file(opened.domain_id)
 
         config = config_of(read_volume())
-        store = LocalStore(domain_dir(args.cipher_dir, opened.domain_id))
+        store = local_store(domain_dir(args.cipher_dir, opened.domain_id))
         try:
             if store.fstat(store.root()).st_dev != self._volume.ctx.store.fstat(self._volume.ctx.store.root()).st_dev:
                 raise Damaged("domain", f"domains/{opened.domain_id.hex()} lies on another file system")

@@ -30,7 +30,7 @@ from cryptfs.keys.clock import SystemClock
 from cryptfs.keys.link import AgentLink, Mounted
 from cryptfs.ops.info import read_volume_file
 from cryptfs.ops.init import config_of
-from cryptfs.store.local import LocalStore
+from cryptfs.store.owner import local_store
 
 log = logging.getLogger("cryptfs")
 
@@ -82,7 +82,7 @@ async def _serve(args: DaemonArgs) -> bool:
     volume_file = read_volume()
     config = config_of(volume_file)
     try:
-        store = LocalStore(args.cipher_dir)
+        store = local_store(args.cipher_dir)
     except OSError as error:
         raise NotAVolume(f"{args.cipher_dir}: {error.strerror}") from error
     clock = SystemClock()

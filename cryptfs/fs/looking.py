@@ -103,7 +103,7 @@ class Looking:
     async def described(self, inode: Inode, entries: Sequence[Entry]) -> list[tuple[bytes, Attr | None] | None]:
         """(name, attributes) of each name of a listing, as it is now: a rename may have put another thing there.
 
-        None for a name that is gone by now, attributes None for a damaged entry.
+        None for a name that is gone by now, attributes None for an entry that is damaged or not shown to us.
         """
         node = await self.inodes.dir(inode)
         node.pins += 1
@@ -123,6 +123,9 @@ class Looking:
                     out.append(None)
                 except Damaged as error:
                     self.report(inode.ino, error)
+                    out.append((name, None))
+                except PermissionError:
+                    # Whoever asks for it by name is told.
                     out.append((name, None))
             return out
         finally:

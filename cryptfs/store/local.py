@@ -10,7 +10,10 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from cryptfs.types import Buffer
 
 _O_ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC
 _O_UNTRUSTED = os.O_NONBLOCK | os.O_NOCTTY
@@ -48,8 +51,8 @@ class LocalStore:
         self.close = os.close
         self.pread = os.pread
         self.preadv = os.preadv
-        self.pwrite = os.pwrite
-        self.pwritev = os.pwritev
+        self.pwrite: Callable[[int, Buffer, int], int] = os.pwrite
+        self.pwritev: Callable[[int, Sequence[Buffer], int], int] = os.pwritev
         self.ftruncate = os.ftruncate
         self.fdatasync = os.fdatasync
         self.fsync = os.fsync
@@ -98,7 +101,7 @@ class LocalStore:
         A second open file description, because a duplicate would share its read position with `fd`, and two
         threads listing the same directory would each see a part of it.
         """
-        own_fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+        own_fd = self.open(fd, b".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             return [os.fsencode(name) for name in os.listdir(own_fd)]
         finally:
