@@ -232,24 +232,41 @@ class Making(Changing):
         return Attr(inode, st, st.st_size)
 
     def _give_to(self, parent: DirNode, fd: int, name: bytes, owner: Owner) -> None:
-        """Set owner and group of a new object if they are not what the daemon's own would be."""
-        gid = owner.gid
-        store = self.ctx.store
-        if owner == self._own and not store.fstat(parent.fd).st_mode & stat.S_ISGID:
+        """Set owner and group of a new object if they are not what the daemon's own would be.
+
+        A group that an ordinary user's daemon is not in cannot be given: it stays the daemon's, and a set-group-id bit,
+        which was meant for the other one, goes.
+        """
+        store, above = self.ctx.store, self.ctx.store.fstat(parent.fd)
+        gid = above.st_gid if above.st_mode & stat.S_ISGID else owner.gid
+        if self._own == Owner(owner.uid, gid) and not above.st_mode & stat.S_ISGID:
             return
-        above = store.fstat(parent.fd)
-        if above.st_mode & stat.S_ISGID:
-            gid = above.st_gid
         if self._own.uid not in {0, owner.uid}:
             return
+        st = store.lstat(fd, name) if name else store.fstat(fd)
+        mode = stat.S_IMODE(st.st_mode)
+        try:
+            self._chown(fd, name, owner.uid, gid)
+        except PermissionError:
+            if self._own.uid == 0:
+                raise
+            if mode & stat.S_ISGID and st.st_gid != gid and not stat.S_ISDIR(st.st_mode):
+                self._chmod(fd, name, mode & ~stat.S_ISGID)
+            return
+        if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(st.st_mode):
+            # chown(2) takes them; the kernel has left in `mode` what its caller may have.
+            self._chmod(fd, name, mode)
+
+    # Each of these works on `name` in the directory behind `fd`, or on `fd` itself if there is no name.
+
+    def _chown(self, fd: int, name: bytes, uid: int, gid: int) -> None:
         if name:
-            mode = store.lstat(fd, name).st_mode
-            store.chown(fd, name, owner.uid, gid)
-            if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(mode):
-                # chown(2) takes them; the kernel has left in `mode` what its caller may have.
-                store.chmod(fd, name, stat.S_IMODE(mode))
+            self.ctx.store.chown(fd, name, uid, gid)
         else:
-            mode = store.fstat(fd).st_mode
-            store.fchown(fd, owner.uid, gid)
-            if mode & (stat.S_ISUID | stat.S_ISGID):
-                store.fchmod(fd, stat.S_IMODE(mode))
+            self.ctx.store.fchown(fd, uid, gid)
+
+    def _chmod(self, fd: int, name: bytes, mode: int) -> None:
+        if name:
+            self.ctx.store.chmod(fd, name, mode)
+        else:
+            self.ctx.store.fchmod(fd, mode)
