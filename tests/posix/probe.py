@@ -14,7 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-KINDS = ("reg", "dir", "fifo", "block", "char", "socket", "symlink")
+_IS_ROOT = os.geteuid() == 0
+KINDS = tuple(
+    kind
+    for kind in ("reg", "dir", "fifo", "block", "char", "socket", "symlink")
+    if _IS_ROOT or kind not in {"block", "char"}
+)
+"""All that whoever runs this may make."""
 TICK_S = 0.006
 """Longer than the coarsest step of a file system's clock (a jiffy: 4 ms)."""
 
@@ -33,7 +39,8 @@ ROOT = User("root", 0, 0)
 ANN = User("ann", 65534, 65534)
 BEN = User("ben", 65533, 65533)
 ANN_IN_BENS = User("ann+", 65534, 65534, (65533, 65532))
-USERS = (ROOT, ANN, BEN, ANN_IN_BENS)
+USERS = (ROOT, ANN, BEN, ANN_IN_BENS) if _IS_ROOT else (ROOT,)
+"""An ordinary user cannot be anybody else; `ROOT` is then itself."""
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.box import Box, boxed
+from tests.mount.ordinary import ordinarily
 from tests.posix.expected import EXPECTED
 from tests.posix.probe import SCENARIOS
 from tests.posix.run import MODULES
@@ -54,7 +56,11 @@ def lines_of(directory: Path, *names: str) -> list[str]:
 
 def unexplained(box: Box, *names: str) -> list[str]:
     """Pairs of lines that differ without a reason in `EXPECTED`."""
-    plain, ours = lines_of(box.root / "plain", *names), lines_of(box.clear, *names)
+    return unexplained_pairs(lines_of(box.root / "plain", *names), lines_of(box.clear, *names))
+
+
+def unexplained_pairs(plain: list[str], ours: list[str]) -> list[str]:
+    """Pairs of lines that differ without a reason in `EXPECTED`."""
     assert len(plain) == len(ours)
     differ = [(a, b) for a, b in zip(plain, ours, strict=True) if a != b]
     return [f"plain: {a}\nmount: {b}" for a, b in differ if not any(re.search(pattern, b) for pattern in EXPECTED)]
@@ -76,6 +82,20 @@ def test_a_mount_answers_as_ext4_does(served: Box) -> None:
 @pytest.mark.parametrize("name", sorted(LONG))
 def test_a_mount_answers_as_ext4_does_in_every_combination(served: Box, name: str) -> None:
     assert not unexplained(served, name)
+
+
+def test_an_ordinary_users_mount_answers_as_ext4_does(short_root: Path, fuse: None) -> None:
+    """All that a user without rights can do in a mount of its own, and what modes keep it from."""
+    names = [name for name in SCENARIOS if name not in LONG]
+    out = json.loads(ordinarily(short_root, "tests.posix.on_user_mount", *names))
+    plain, ours = out["plain"], out["clear"]
+    for part in ("set_id", "closed"):
+        assert plain[part] == ours[part]
+        assert len(ours[part]) > 50
+    assert not unexplained_pairs(plain["scenarios"], ours["scenarios"])
+    assert len([line for line in ours["scenarios"] if "ended by" not in line]) > 1500
+    code, said = out["check"]["said"]
+    assert code == "0", said
 
 
 def test_the_comparison_finds_what_differs(served: Box) -> None:
