@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,4 +200,29 @@ def test_two_locks_at_once_and_an_idle_mount(box: Box) -> None:
     locked(lambda: os.listdir(box.clear))
     box.unlock()
     assert os.listdir(box.clear) == []
+    box.umount()
+
+
+@pytest.mark.parametrize("option", ["--for", "--idle"])
+def test_a_mount_locks_itself_when_its_time_is_up(box: Box, option: str) -> None:
+    box.mount()
+    file = box.clear / "file"
+    file.write_bytes(CONTENT)
+    box.run("lock", box.clear)
+    began = time.monotonic()
+    box.run("unlock", option, "3", box.vault)
+    (box.clear / "late").write_bytes(CONTENT)
+
+    def is_locked() -> bool:
+        try:
+            os.listdir(box.clear)
+        except OSError as error:
+            return error.errno == errno.ENOKEY
+        return False
+
+    assert wait_until(is_locked, 40)
+    assert time.monotonic() - began >= 3
+    assert box.is_mounted
+    box.unlock()
+    assert file.read_bytes() == (box.clear / "late").read_bytes() == CONTENT
     box.umount()

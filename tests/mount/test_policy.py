@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -107,19 +108,28 @@ def test_options_of_the_mount_go_before_it_and_status_says_so(box: Box) -> None:
 
 def test_over_the_limit_of_unwraps_reads_take_their_time_and_do_not_fail(mounted: Box) -> None:
     box, file = mounted, mounted.clear / "file"
-    content = os.urandom(BLOCK * 64)
+    content = os.urandom(BLOCK * 192)
     file.write_bytes(content)
-    box.run("policy", box.vault, "--unwraps-per-s", "16")
+    box.run("policy", box.vault, "--unwraps-per-s", "32")
     box.remount()
     started = time.monotonic()
-    assert file.read_bytes() == content
+    # Out of order: of a file that is read from end to end, half the keys may come with one request.
+    order = list(range(192))
+    random.Random(1).shuffle(order)
+    with file.open("rb", buffering=0) as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for block in order:
+            there = os.pread(opened.fileno(), BLOCK, block * BLOCK)
+            assert there == content[block * BLOCK : (block + 1) * BLOCK]
     took = time.monotonic() - started
     keys = cache(box)["unwraps"]
-    assert keys >= 64
+    assert keys >= 192
     # A second's worth is free, and a request is served before it is paid for: at most 64 blocks a request here.
-    assert took >= (keys - 16 - 64) / 16
+    assert took >= (keys - 32 - 64) / 32
     told = box.run("audit", "show", box.vault, "--ids", "--verb", "limit", "--json").stdout.splitlines()
-    assert len(told) <= 1
+    # Once per burst; on a busy machine a second's worth may run in between two requests.
+    assert 1 <= len(told) <= 2
+    assert all(json.loads(line)["detail"] == {"unwraps-per-s": 32} for line in told)
     (box.clear / "new").write_bytes(b"keys that are made are not limited")
 
 
