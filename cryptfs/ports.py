@@ -181,9 +181,10 @@ class Random(Protocol):
 class Store(Protocol):
     """The POSIX calls the volume is made of, one to one, on small integers as descriptors.
 
-    Paths are single names relative to a directory descriptor (or "." for itself); nothing follows a symlink. Every
-    method may raise
-    `OSError`. Implementations: `store.local` (the kernel), `store.memory` (a disk model for crash tests).
+    Paths are single names relative to a directory descriptor (or "." for itself); nothing follows a symlink. To `open`,
+    `lstat`, `readlink`, `chmod`, `chown` and `utimens` the empty name is what the descriptor itself is, also one of
+    O_PATH to something that has no name any more. Every method may raise `OSError`.
+    Implementations: `store.local` (the kernel), `store.memory` (a disk model for crash tests).
     All calls may block; callers move the slow ones (`fsync`, `fdatasync`, `syncfs`, cold reads) to a thread.
     """
 

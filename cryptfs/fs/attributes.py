@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from cryptfs.errors import Damaged
 from cryptfs.format.datafile import HEADER_BYTES
-from cryptfs.fs.directory import DirNode
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.opening import Opening
@@ -58,20 +57,23 @@ class Attributes(Opening):
             if node is not None:
                 # Removed, and somebody has it open: its mode, owner and times can still be changed.
                 return Attr(inode, without_links(self.ctx.store.fstat(node.fd)), inode.last_st.st_size)
+            if inode.kept_fd >= 0:
+                kept = without_links(self.ctx.store.fstat(inode.kept_fd))
+                return await self.attr_of(inode, inode.kept_fd, b"", kept)
             header = HEADER_BYTES if inode.kind == Kind.FILE else 0
             return Attr(inode, inode.last_st, max(0, inode.last_st.st_size - header))
         if inode is self.inodes.root or inode.kind == Kind.DIR:
             node = self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)
             st = self.ctx.store.fstat(node.fd)
             return Attr(inode, st, st.st_size)
-        node, name = await self.inodes.where(inode)
-        st = self.ctx.store.lstat(node.fd, name)
+        where, name = await self.inodes.handle(inode)
+        st = self.ctx.store.lstat(where, name)
         if st.st_ino != inode.ino:
             raise Damaged("exchanged", "another file lies under this name")
-        return await self.attr_of(inode, node, name, st)
+        return await self.attr_of(inode, where, name, st)
 
-    async def attr_of(self, inode: Inode, node: DirNode, name: bytes, st: os.stat_result) -> Attr:
-        """Attributes of an entry whose `lstat` is at hand."""
+    async def attr_of(self, inode: Inode, where: int, name: bytes, st: os.stat_result) -> Attr:
+        """Attributes of an entry (as `InodeTable.handle` has it) whose `lstat` is at hand."""
         if inode.kind == Kind.FILE:
             if inode.file is not None:
                 return self._attr_open(inode, inode.file)
@@ -87,7 +89,7 @@ class Attributes(Opening):
                 raise Damaged("data-header", f"{st.st_size} bytes")
             return Attr(inode, st, st.st_size - HEADER_BYTES)
         if inode.kind == Kind.SYMLINK:
-            log_id, length = decode_target_text(self.ctx.store.readlink(node.fd, name))
+            log_id, length = decode_target_text(self.ctx.store.readlink(where, name))
             if log_id != inode.log_id:
                 raise Damaged("id-mismatch", "the symlink is another one")
             return Attr(inode, st, length)
@@ -100,19 +102,12 @@ class Attributes(Opening):
 
     async def setattr(self, inode: Inode, want: Changes) -> Attr:
         """Change attributes, size first. Raises OSError and what `FileNode.truncate` raises."""
-        if inode.last_st is not None and inode.file is None and inode.kind != Kind.DIR:
-            # Its last name and its last opening are gone; the kernel still writes back what it kept of its times.
+        if inode.is_unnamed and inode.file is None and inode.kept_fd < 0:
+            # There were no descriptors left to keep it by; the kernel still writes back what it kept of its times.
             return await self.attr(inode)
         if want.size is not None:
             await self._set_size(inode, want.size)
-        if inode.file is not None:
-            inode.file.state.meta_unsynced = True
-            where, name = inode.file.state.data_fd, b""
-        elif inode.kind == Kind.DIR:
-            where, name = (await self.inodes.dir(inode)).fd, b""
-        else:
-            node, name = await self.inodes.where(inode)
-            where = node.fd
+        where, name = await self._handle(inode)
         if want.uid is not None or want.gid is not None or want == _NOTHING:
             # chown(-1, -1) arrives as nothing at all and moves ctime, which the same call does below.
             self._chown(where, name, -1 if want.uid is None else want.uid, -1 if want.gid is None else want.gid)
@@ -144,15 +139,7 @@ class Attributes(Opening):
 
     async def touch(self, inode: Inode) -> None:
         """Move its ctime and nothing else. Raises OSError."""
-        file = inode.file
-        if file is not None:
-            file.state.meta_unsynced = True
-            where, name = file.state.data_fd, b""
-        elif inode.kind == Kind.DIR:
-            where, name = (await self.inodes.dir(inode)).fd, b""
-        else:
-            node, name = await self.inodes.where(inode)
-            where = node.fd
+        where, name = await self._handle(inode)
         self._set_times(inode, where, name, Changes())
 
     async def _set_size(self, inode: Inode, size: int) -> None:
@@ -169,27 +156,36 @@ class Attributes(Opening):
         """A symlink's target."""
         return await read_target(self.ctx, inode.log_id)
 
-    # Each of these works on `name` in the directory behind `where`, or on `where` itself if there is no name.
+    # Each of these works on what `InodeTable.handle` names, or on the open file or directory `where` (no name).
 
-    def _chown(self, where: int, name: bytes, uid: int, gid: int) -> None:
-        if name:
+    async def _handle(self, inode: Inode) -> tuple[int, bytes | None]:
+        where, name = (-1, b"") if inode.file is not None or inode.kind == Kind.DIR else await self.inodes.handle(inode)
+        if inode.file is not None:
+            inode.file.state.meta_unsynced = True
+            return inode.file.state.data_fd, None
+        if inode.kind == Kind.DIR:
+            return (self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)).fd, None
+        return where, name
+
+    def _chown(self, where: int, name: bytes | None, uid: int, gid: int) -> None:
+        if name is not None:
             self.ctx.store.chown(where, name, uid, gid)
         else:
             self.ctx.store.fchown(where, uid, gid)
 
-    def _chmod(self, where: int, name: bytes, mode: int) -> None:
-        if name:
+    def _chmod(self, where: int, name: bytes | None, mode: int) -> None:
+        if name is not None:
             self.ctx.store.chmod(where, name, mode)
         else:
             self.ctx.store.fchmod(where, mode)
 
-    def _set_times(self, inode: Inode, where: int, name: bytes, want: Changes) -> None:
+    def _set_times(self, inode: Inode, where: int, name: bytes | None, want: Changes) -> None:
         store = self.ctx.store
-        now = store.lstat(where, name) if name else store.fstat(where)
+        now = store.lstat(where, name) if name is not None else store.fstat(where)
         known = now.st_mtime_ns if inode.file is None else inode.file.state.mtime_ns
         atime_ns = now.st_atime_ns if want.atime_ns is None else want.atime_ns
         mtime_ns = known if want.mtime_ns is None else want.mtime_ns
-        if name:
+        if name is not None:
             store.utimens(where, name, atime_ns, mtime_ns)
         else:
             store.futimens(where, atime_ns, mtime_ns)

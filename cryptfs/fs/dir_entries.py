@@ -222,7 +222,8 @@ class DirEntries:
         """No change is under way: the tree has all that the log says, and, unless something is pending, no more."""
         if self.done_gen != self.last_gen and not self.has_pending:
             self.done_gen = self.last_gen
-            self.ctx.freshness.wrote(self.dir_id, self.last_gen)
+            if not self.removed:
+                self.ctx.freshness.wrote(self.dir_id, self.last_gen)
 
     def _hold(self, payload: DirPayload) -> None:
         for sealed in payload.gone:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 
 import trio
 
@@ -32,8 +33,9 @@ _XATTRS_MAX_BYTES = 1024
 class Inode:
     """One object of the tree. `paths`: the (directory, name in `tree/`) pairs known for it, the best one last.
 
-    `last_st`: its attributes when its last name went, while the kernel still knows it. `kept_fd`: keeps the object
-    alive below for as long, so that its number is not given to another one: the kernel says only the number.
+    `last_st`: its attributes when its last name went, while the kernel still knows it. `kept_fd`: an O_PATH descriptor
+    that keeps the object alive below for as long, so that its number is not given to another one (the kernel says only
+    the number), and so that it can still be opened and changed.
     """
 
     __slots__ = (
@@ -60,6 +62,16 @@ class Inode:
         """Remember the set, still sealed, so that asking for it again costs no disk access. Not a large one."""
         self.xattrs_known = xattrs is not XATTRS_LOST and (xattrs is None or len(xattrs.sealed) <= _XATTRS_MAX_BYTES)
         self.xattrs = xattrs if self.xattrs_known else None
+
+    @property
+    def in_use(self) -> bool:
+        """Whether its file is open, or has still to be settled: one without a name is not worth that."""
+        return self.file is not None and not (self.file.unlinked and self.file.opens == 0)
+
+    @property
+    def is_unnamed(self) -> bool:
+        """Whether it is no directory, and its last name is gone."""
+        return self.last_st is not None and self.kind != Kind.DIR
 
     def place(self) -> tuple[Inode, bytes]:
         """(directory, name in `tree/`). Raises ESTALE if it has no name any more."""
@@ -97,6 +109,8 @@ class InodeTable:
         self._opening: dict[int, trio.Event] = {}
         self._generation = 0
         self.open_ids: set[bytes] = set()
+        self.on_dead: Callable[[Inode], None] | None = None
+        """Called when nobody can come back to what has no name any more; its file is not in use, if it has one."""
         self.root = Inode(root_ino, Kind.DIR, ctx.config.root_dir_id, 0)
         self.root.lookups = 1
         self._inodes[root_ino] = self.root
@@ -134,6 +148,7 @@ class InodeTable:
                 # The number was freed below and given out again; the kernel counts its references by number.
                 fresh.lookups = inode.lookups
                 self._unlink_all(inode)
+                self._let_go(inode)
             inode = self._inodes[ino] = fresh
         inode.add_path(parent, name)
         return inode
@@ -147,7 +162,7 @@ class InodeTable:
 
     def release(self, inode: Inode) -> None:
         """Drop an inode nobody needs: not the kernel, no open file, no child's path."""
-        while inode is not self.root and inode.lookups <= 0 and inode.children == 0 and inode.file is None:
+        while inode is not self.root and inode.lookups <= 0 and inode.children == 0 and not inode.in_use:
             if self._inodes.get(inode.ino) is inode:
                 del self._inodes[inode.ino]
                 # A directory the kernel let go of is cheap to open again and costs two descriptors meanwhile.
@@ -155,9 +170,7 @@ class InodeTable:
                 if node is not None and not node.pins and not node.has_pending:
                     del self._dirs[inode.ino]
                     node.close()
-            if inode.kept_fd >= 0:
-                self.ctx.store.close(inode.kept_fd)
-                inode.kept_fd = -1
+            self._let_go(inode)
             parents = [parent for parent, _ in inode.paths]
             self._unlink_all(inode)
             if len(parents) != 1:
@@ -165,6 +178,13 @@ class InodeTable:
                     self.release(parent)
                 return
             inode = parents[0]
+
+    def _let_go(self, inode: Inode) -> None:
+        if inode.is_unnamed and self.on_dead is not None:
+            self.on_dead(inode)
+        if inode.kept_fd >= 0:
+            self.ctx.store.close(inode.kept_fd)
+            inode.kept_fd = -1
 
     @staticmethod
     def _unlink_all(inode: Inode) -> None:
@@ -188,6 +208,20 @@ class InodeTable:
             node = self.dir_nowait(parent) or await self.dir(parent)
             if inode.paths and inode.place() == place:
                 return node, name
+
+    async def handle(self, inode: Inode) -> tuple[int, bytes]:
+        """As `where`, with the directory's descriptor; (`kept_fd`, b"") for what has no name any more."""
+        if inode.paths:
+            try:
+                node, name = await self.where(inode)
+            except OSError as error:
+                if error.errno != errno.ESTALE or inode.paths:
+                    raise
+            else:
+                return node.fd, name
+        if inode.kept_fd < 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return inode.kept_fd, b""
 
     async def dir(self, inode: Inode) -> DirNode:
         """The directory behind an inode, opened and verified. Raises ENOTDIR, ESTALE, `Damaged`, key errors.

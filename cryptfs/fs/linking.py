@@ -124,8 +124,6 @@ class Linking(Removing):
         src_st = store.lstat(source.fd, src_below)
         if dst_st is not None and dst_st.st_ino == src_st.st_ino and src.kind != Kind.DIR:
             return  # Two names of one file: rename(2) does nothing.
-        if dst_st is not None and back is None and replaced is None:
-            self._keep_number(target, dst_below, dst_st)
         await self._log_rename(source, target, src, moved, back, dst)
         try:
             await self._sync_arrival(target, dst_sealed, src.log_id)
@@ -135,6 +133,9 @@ class Linking(Removing):
                 # After a crash the log must say that what lies under the old name is on its way out.
                 await source.sync_log()
             # A directory below is never empty, because of its log: exchange the two, then take the old one away.
+            if dst_st is not None and back is None and replaced is None:
+                # Only now: whoever looked it up during a sync knows it, too.
+                self._keep_number(target, dst_below, dst_st)
             tree_flags = RENAME_EXCHANGE if replaced is not None else flags
             store.rename(source.fd, src_below, target.fd, dst_below, tree_flags)
         except BaseException:

@@ -70,7 +70,7 @@ class Looking:
         # Held meanwhile: finding the attributes out may open and release the file, and nobody else may know it yet.
         inode.lookups += 1
         try:
-            attr = await self.files.attr_of(inode, node, name, st)
+            attr = await self.files.attr_of(inode, node.fd, name, st)
         except BaseException:
             inode.lookups -= 1
             self.inodes.release(inode)

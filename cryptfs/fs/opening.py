@@ -35,6 +35,7 @@ class Opening(Entries):
         self.reaper = reaper
         self.unsettled: set[Inode] = set()
         self.prefetcher = Prefetcher(ctx, inodes)
+        inodes.on_dead = self._dead
 
     async def open(self, inode: Inode, *, writing: bool = False) -> FileNode:
         """Open a regular file once more; pair with `release`.
@@ -43,10 +44,10 @@ class Opening(Entries):
         """
         file = inode.file
         if file is None:
-            node, name = await self.inodes.where(inode)
+            where, name = await self.inodes.handle(inode)
             file = inode.file
             if file is None:
-                fd, writable = self._open_data(node.fd, name)
+                fd, writable = self._open_data(where, name)
                 st = self.ctx.store.fstat(fd)
                 if st.st_ino != inode.ino or not stat.S_ISREG(st.st_mode):
                     self.ctx.store.close(fd)
@@ -99,6 +100,7 @@ class Opening(Entries):
         journal = Journal(self.ctx, state, _Place(self, inode))
         journal.entry_durable = inode.log_id not in self.new_ids and inode.log_id not in self.moved_ids
         inode.file = FileNode(self.ctx, state, journal)
+        inode.file.unlinked = inode.is_unnamed
         self.inodes.open_ids.add(inode.log_id)
         return inode.file
 
@@ -141,16 +143,27 @@ class Opening(Entries):
             self.unsettled.add(inode)
             return
         self.unsettled.discard(inode)
-        if journal.loaded:
-            inode.settled = True
-            inode.know_xattrs(journal.xattrs)
+        if not file.unlinked:
+            if journal.loaded:
+                inode.settled = True
+                inode.know_xattrs(journal.xattrs)
+            self._close(inode, file)
+        # One without a name stays as it is, frames and all, until the kernel forgets it: it may be opened again through
+        # an O_PATH descriptor.
+        self.inodes.release(inode)
+
+    def _close(self, inode: Inode, file: FileNode) -> None:
         inode.file = None
         self.inodes.open_ids.discard(inode.log_id)
-        journal.close()
+        file.journal.close()
         file.state.close()
-        if file.unlinked:
-            self.reaper.add_id(inode.log_id)
-        self.inodes.release(inode)
+
+    def _dead(self, inode: Inode) -> None:
+        """Nobody comes back to something without a name: its sidecar may go."""
+        if inode.file is not None:
+            self.unsettled.discard(inode)
+            self._close(inode, inode.file)
+        self.reaper.add_id(inode.log_id)
 
 
 class _Place:

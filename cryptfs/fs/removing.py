@@ -141,18 +141,14 @@ class Removing(Changing):
             return
         self.files.new_ids.discard(entry.log_id)
         self.files.moved_ids.discard(entry.log_id)
-        if inode is not None and inode.file is not None:
+        if inode is None:
+            self.reaper.add_id(entry.log_id)
+            return
+        if inode.file is not None:
             inode.file.unlinked = True
             if inode.file.opens == 0:
                 # Kept only to be settled, which is moot now.
-                file, inode.file = inode.file, None
                 self.files.unsettled.discard(inode)
-                self.inodes.open_ids.discard(entry.log_id)
-                file.journal.close()
-                file.state.close()
-                self.reaper.add_id(entry.log_id)
-        elif entry.kind != Kind.DIR:
-            self.reaper.add_id(entry.log_id)
-        if inode is not None:
-            inode.last_st = without_links(st)
-            self.inodes.release(inode)
+        # Its sidecar goes when the kernel forgets it (`InodeTable.on_dead`): until then it may be opened.
+        inode.last_st = without_links(st)
+        self.inodes.release(inode)

@@ -114,9 +114,9 @@ class Volume:
         if ctx.doubts:
             log.error("the volume was not left clean: syncing it failed before, not everything was written again")
             good = False
-        for inode in self.inodes.with_files():
-            if inode.file is not None and inode.file.unlinked:
-                # Somebody still has it open, on a mount that was detached: it ends with us.
+        for inode in self.inodes.all():
+            if inode.is_unnamed:
+                # Somebody still has it, on a mount that was detached: it ends with us.
                 self.reaper.add_id(inode.log_id)
         await self.reaper.flush()
         await self._record()

@@ -126,16 +126,12 @@ class Xattrs:
 
     async def _sealed(self, inode: Inode) -> Sealed | None:
         if inode.kind == Kind.DIR:
-            if inode.last_st is not None:
-                return None
             return (self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)).xattrs
         file = inode.file
         if file is not None and file.journal.loaded:
             return file.journal.xattrs
         if inode.xattrs_known:
             return inode.xattrs
-        if file is None and inode.last_st is not None:
-            raise _error(errno.ESTALE)
         if inode.kind == Kind.FILE:
             file = await self.files.open(inode)
             try:
@@ -247,8 +243,6 @@ class Xattrs:
         return await seal_set(self.ctx, log_id, values)
 
     async def _edit_file(self, inode: Inode, edit: Edit, *, anew: bool) -> None:
-        if inode.file is None and inode.last_st is not None:
-            raise _error(errno.ESTALE)
         file = await self.files.open(inode, writing=True)
         try:
             journal = file.journal
@@ -264,21 +258,15 @@ class Xattrs:
             await self.files.release(inode)
 
     async def _edit_dir(self, inode: Inode, edit: Edit, *, anew: bool) -> None:
-        if inode.last_st is not None:
-            raise _error(errno.ENOENT)
         node = self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)
         with pinned(node):
             async with node.lock.exclusive():
-                if node.removed:
-                    raise _error(errno.ENOENT)
                 xattrs = await self._changed(inode.log_id, node.xattrs, edit, anew=anew)
                 node.set_xattrs((await node.keys()).log_key, xattrs)
                 node.settled()
                 await self.files.touch(inode)
 
     async def _edit_other(self, inode: Inode, edit: Edit) -> None:
-        if inode.last_st is not None:
-            raise _error(errno.ESTALE)
         async with self._changing:
             known = await find_attr_log(self.ctx, inode.log_id)
             xattrs = await self._changed(inode.log_id, known.xattrs if known is not None else None, edit)

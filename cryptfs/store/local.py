@@ -79,7 +79,10 @@ class LocalStore:
         """openat(2); a symlink as `name` is `ELOOP`, anything else that is no regular file or directory `ENXIO`."""
         if flags & _O_CERTAIN:
             return os.open(name, flags | _O_ALWAYS, mode, dir_fd=dir_fd)
-        fd = os.open(name, flags | _O_ALWAYS | _O_UNTRUSTED, mode, dir_fd=dir_fd)
+        if name:
+            fd = os.open(name, flags | _O_ALWAYS | _O_UNTRUSTED, mode, dir_fd=dir_fd)
+        else:
+            fd = os.open(_itself(dir_fd), flags | os.O_CLOEXEC | _O_UNTRUSTED)
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
         if kind not in (stat.S_IFREG, stat.S_IFDIR):
             os.close(fd)
@@ -93,6 +96,8 @@ class LocalStore:
 
     def lstat(self, dir_fd: int, name: bytes) -> os.stat_result:
         """fstatat(2) without following."""
+        if not name:
+            return os.fstat(dir_fd)
         return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
 
     def listdir(self, fd: int) -> list[bytes]:
@@ -147,6 +152,9 @@ class LocalStore:
 
         Older kernels' fchmodat(2) follows symlinks, so there the inode is pinned first and changed by descriptor.
         """
+        if not name:
+            _chmod_opened(dir_fd, mode)
+            return
         if self._has_fchmodat2:
             result = _libc.syscall(
                 ctypes.c_long(_SYS_FCHMODAT2),
@@ -165,11 +173,17 @@ class LocalStore:
 
     def chown(self, dir_fd: int, name: bytes, uid: int, gid: int) -> None:
         """fchownat(2) with AT_SYMLINK_NOFOLLOW; -1 leaves an id as it is."""
-        os.chown(name, uid, gid, dir_fd=dir_fd, follow_symlinks=False)
+        if name:
+            os.chown(name, uid, gid, dir_fd=dir_fd, follow_symlinks=False)
+        else:
+            os.chown(_itself(dir_fd), uid, gid)
 
     def utimens(self, dir_fd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None:
         """utimensat(2) with AT_SYMLINK_NOFOLLOW."""
-        os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
+        if name:
+            os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=dir_fd, follow_symlinks=False)
+        else:
+            os.utime(_itself(dir_fd), ns=(atime_ns, mtime_ns))
 
     def futimens(self, fd: int, atime_ns: int, mtime_ns: int) -> None:
         """utimensat(2) of an open file."""
@@ -180,8 +194,18 @@ def _chmod_pinned(dir_fd: int, name: bytes, mode: int) -> None:
     """chmod(2) of what `name` is now, through an O_PATH descriptor; needs /proc. A symlink is `EOPNOTSUPP`."""
     fd = os.open(name, os.O_PATH | _O_ALWAYS, dir_fd=dir_fd)
     try:
-        if stat.S_ISLNK(os.fstat(fd).st_mode):
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), name)
-        Path(f"/proc/self/fd/{fd}").chmod(mode)
+        _chmod_opened(fd, mode)
     finally:
         os.close(fd)
+
+
+def _chmod_opened(fd: int, mode: int) -> None:
+    """chmod(2) of what an O_PATH descriptor is, which fchmod(2) refuses. A symlink is `EOPNOTSUPP`."""
+    if stat.S_ISLNK(os.fstat(fd).st_mode):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    os.chmod(_itself(fd), mode)
+
+
+def _itself(fd: int) -> str:
+    """A path of what a descriptor is, and of nothing it would lead to: the kernel follows it no further (proc(5))."""
+    return f"/proc/self/fd/{fd}"

@@ -127,6 +127,8 @@ class MemoryFiles:
         return inode
 
     def _find(self, dir_fd: int, name: bytes) -> Inode:
+        if not name:
+            return self._file(dir_fd).inode
         directory = self._dir(dir_fd)
         if name == b".":
             return directory
