@@ -132,10 +132,10 @@ class Linking(Removing):
             if replaced is not None:
                 # After a crash the log must say that what lies under the old name is on its way out.
                 await source.sync_log()
-            # A directory below is never empty, because of its log: exchange the two, then take the old one away.
             if dst_st is not None and back is None and replaced is None:
                 # Only now: whoever looked it up during a sync knows it, too.
                 self._keep_number(target, dst_below, dst_st)
+            # A directory below is never empty, because of its log: exchange the two, then take the old one away.
             tree_flags = RENAME_EXCHANGE if replaced is not None else flags
             store.rename(source.fd, src_below, target.fd, dst_below, tree_flags)
         except BaseException:
