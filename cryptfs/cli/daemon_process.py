@@ -11,6 +11,8 @@ from cryptfs.cli import mounts, processes
 from cryptfs.cli.advice import error_for, hinted
 from cryptfs.errors import CryptfsError, MountpointUnusable, UsageError
 
+_MEMORY = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=64"}
+"""See `daemon.memory`. One arena: all threads allocate under the interpreter's lock anyway."""
 START_S = 60.0
 """How long a daemon may take until it is ready: it syncs the backing file system first, which may be much."""
 
@@ -83,7 +85,7 @@ def start(
     arguments = ["--cipher-dir", str(cipher_dir), "--mountpoint", str(mountpoint)]
     arguments += ["--agent-socket", paths.agent_socket(), *options.arguments()]
     arguments += ["--foreground"] if foreground else ["--log-file", str(log)]
-    starting = processes.start(mounts.DAEMON_MODULE, arguments, log_file=None if foreground else log)
+    starting = processes.start(mounts.DAEMON_MODULE, arguments, log_file=None if foreground else log, settings=_MEMORY)
     try:
         line = starting.wait_ready(START_S)
         if line == "ready":

@@ -9,6 +9,7 @@ import trio
 
 from cryptfs.daemon.args import DaemonArgs
 from cryptfs.daemon.locking import Locking
+from cryptfs.daemon.memory import GivingBack
 from cryptfs.daemon.policies import Policies
 from cryptfs.daemon.rotating import Rotating
 from cryptfs.fs.volume import Volume
@@ -49,10 +50,10 @@ class Keyed:
         self._nursery.start_soon(self.policies.serve, self.link)
 
     def serve_volume(self, volume: Volume, forgetting: Forgetting) -> None:
-        """Start the volume's background work, rotations among it, and its locking."""
+        """Start the volume's background work, rotations and giving memory back among it, and its locking."""
         rotating = Rotating(self.link, volume, self.gate.traffic)
         self.heard.append(rotating.on_event)
-        self._nursery.start_soon(volume.serve, rotating.serve)
+        self._nursery.start_soon(volume.serve, rotating.serve, GivingBack(volume.inodes).serve)
         self._nursery.start_soon(self.locking.serve, self.link, self.keys, volume, forgetting)
 
     async def leave(self) -> None:

@@ -111,6 +111,8 @@ class InodeTable:
         self.open_ids: set[bytes] = set()
         self.on_dead: Callable[[Inode], None] | None = None
         """Called when nobody can come back to what has no name any more; its file is not in use, if it has one."""
+        self.dropped = 0
+        """How many inodes were given up."""
         self.root = Inode(root_ino, Kind.DIR, ctx.config.root_dir_id, 0)
         self.root.lookups = 1
         self._inodes[root_ino] = self.root
@@ -165,6 +167,7 @@ class InodeTable:
         while inode is not self.root and inode.lookups <= 0 and inode.children == 0 and not inode.in_use:
             if self._inodes.get(inode.ino) is inode:
                 del self._inodes[inode.ino]
+                self.dropped += 1
                 # A directory the kernel let go of is cheap to open again and costs two descriptors meanwhile.
                 node = self._dirs.get(inode.ino)
                 if node is not None and not node.pins and not node.has_pending:
@@ -185,6 +188,10 @@ class InodeTable:
         if inode.kept_fd >= 0:
             self.ctx.store.close(inode.kept_fd)
             inode.kept_fd = -1
+
+    def slim(self) -> None:
+        """Give back the table's room for inodes that are gone: a dict never becomes smaller by itself."""
+        self._inodes = dict(self._inodes)
 
     @staticmethod
     def _unlink_all(inode: Inode) -> None:
