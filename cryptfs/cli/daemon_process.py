@@ -11,8 +11,13 @@ from cryptfs.cli import mounts, processes
 from cryptfs.cli.advice import error_for, hinted
 from cryptfs.errors import CryptfsError, MountpointUnusable, UsageError
 
-_MEMORY = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=64"}
-"""See `daemon.memory`. One arena: all threads allocate under the interpreter's lock anyway."""
+_MEMORY = {
+    "PYTHONMALLOC": "malloc",
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=128"
+    ":glibc.malloc.trim_threshold=268435456:glibc.malloc.mmap_threshold=33554432",
+}
+"""See `daemon.memory`. One arena: all threads allocate under the interpreter's lock anyway. The thresholds (256 and
+32 MiB): memory goes back when `daemon.memory` asks for it, not whenever a request's buffer is freed."""
 START_S = 60.0
 """How long a daemon may take until it is ready: it syncs the backing file system first, which may be much."""
 
