@@ -8,7 +8,7 @@ module finds all of them:
    has come to its end (`_quiet`). From here on nothing new is under an older KEK.
 2. The tree is walked from the root. What gets another name meanwhile is told by `Namespace.on_arrival`, so that
    nothing slips from where the walk has not been to where it has.
-3. Files that are open and have no name any more.
+3. Files that are open and have no name any more, and what the kernel can still open without one.
 4. Everything is synced, then `sidecars/` is looked through once more.
 
 Each log is one replacement (`SealedLog.rewrite`): a crash between any two calls leaves the old log, perhaps with a
@@ -172,8 +172,11 @@ class Rotation:
                     await self._one_arrival(parent, log_id, wanted)
                 finally:
                     self._let_go(parent)
-            for inode in self._volume.inodes.with_files():
-                await self._open_file(inode)
+            for inode in self._volume.inodes.all():
+                if inode.file is not None:
+                    await self._open_file(inode)
+                elif inode.is_unnamed:
+                    await self._unnamed(inode)
             if not self._arrivals:
                 return
 
@@ -351,6 +354,20 @@ class Rotation:
             return  # It has a name, and its sidecar was looked at there.
         async with await self._pace.turn() as turn:
             await self._try(inode.log_id, lambda: self._file(inode, turn), lambda: inode.file is not None)
+
+    async def _unnamed(self, inode: Inode) -> None:
+        """What nobody has open, and the kernel can still come back to (`Inode.kept_fd`)."""
+        self._hold(inode)
+        try:
+            async with await self._pace.turn() as turn:
+                await self._try(inode.log_id, lambda: self._by_itself(inode, turn), lambda: inode.lookups > 1)
+        finally:
+            self._let_go(inode)
+
+    async def _by_itself(self, inode: Inode, turn: Turn) -> bool:
+        if inode.kind == Kind.FILE:
+            return await self._file(inode, turn)
+        return await self._volume.xattrs.rotate(inode, self.kek_version, at_once=self._at_once)
 
     async def _try(self, log_id: bytes, work: Callable[[], Awaitable[bool]], is_there: Callable[[], bool]) -> None:
         """Do it and count it. One that fails is left as it is; one that is not there any more is none."""

@@ -275,8 +275,8 @@ class Xattrs:
             inode.know_xattrs(xattrs)
             await self.files.touch(inode)
 
-    async def rotate(self, inode: Inode, kek_version: int, *, at_once: bool = False) -> None:
-        """Have a symlink's or special file's sidecar, if there is one, be under this KEK or a newer one.
+    async def rotate(self, inode: Inode, kek_version: int, *, at_once: bool = False) -> bool:
+        """Have a symlink's or special file's sidecar, if there is one, be under this KEK or a newer one; was it not?
 
         When that is durable: see `Journal.rotate`. Raises `Damaged`, OSError, key errors.
         """
@@ -284,11 +284,13 @@ class Xattrs:
             known = await find_attr_log(self.ctx, inode.log_id)
             if known is None and inode.kind == Kind.SYMLINK:
                 raise Damaged("missing-sidecar")
-            if known is not None and not is_under(known, kek_version):
-                inode.xattrs_known = False
-                inode.know_xattrs(await rotate_attr_log(self.ctx, inode.log_id, known, kek_version))
-                if at_once:
-                    await sync_name(self.ctx, inode.log_id)
+            if known is None or is_under(known, kek_version):
+                return False
+            inode.xattrs_known = False
+            inode.know_xattrs(await rotate_attr_log(self.ctx, inode.log_id, known, kek_version))
+            if at_once:
+                await sync_name(self.ctx, inode.log_id)
+            return True
 
     async def quiet(self) -> None:
         """Wait until whatever changes now has changed."""

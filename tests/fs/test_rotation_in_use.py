@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 
 import pytest
@@ -16,6 +17,7 @@ from cryptfs.fs.rotation import Rotation
 from cryptfs.ports import KeyRun, Kit
 from cryptfs.testing.clock import FakeClock
 from cryptfs.testing.keys import FakeDekProvider, FakeKek
+from cryptfs.types import Kind
 from tests.fs.rotating import BLOCK, forget_keys, rotated, versions
 from tests.fs.tree import Tree
 
@@ -58,6 +60,26 @@ async def test_a_file_without_a_name_is_rewritten_before_it_was_ever_read(tree: 
     await rotated(tree)
     forget_keys(tree)
     assert await file.read(0, 10000) == b"1" * 10000
+
+
+async def test_what_nobody_has_open_and_the_kernel_can_still_open_without_a_name(tree: Tree) -> None:
+    await tree.write(b"file", b"1" * 10000, sync=True)
+    await tree.symlink(b"target", b"link")
+    await tree.mknod(b"fifo", stat.S_IFIFO | 0o644)
+    inodes = [await tree.inode(name) for name in (b"file", b"link", b"fifo")]
+    for inode in inodes:
+        if inode.kind != Kind.FILE:
+            await tree.volume.xattrs.set(inode, b"trusted.a", b"value")
+    for name in (b"file", b"link", b"fifo"):
+        await tree.unlink(name)
+    assert all(inode.is_unnamed and inode.file is None for inode in inodes)
+    await rotated(tree)
+    forget_keys(tree)
+    file = await tree.volume.files.open(inodes[0])
+    assert await file.read(0, 10000) == b"1" * 10000
+    await tree.volume.files.release(inodes[0])
+    for inode in inodes[1:]:
+        assert await tree.volume.xattrs.get(inode, b"trusted.a") == b"value"
 
 
 async def test_stocks_of_the_old_kek_are_not_used(tree: Tree) -> None:

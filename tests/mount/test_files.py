@@ -10,10 +10,12 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.mount.box import Box
 from tests.mount.syscalls import drop_pages, refused, reread
 
 pytestmark = pytest.mark.mount
@@ -259,14 +261,33 @@ def test_o_direct(here: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC])
-def test_synchronous_writes(here: Path, flag: int) -> None:
-    fd = os.open(here / "file", os.O_RDWR | os.O_CREAT | flag, 0o600)
+def test_what_a_synchronous_write_has_said_no_kill_takes_back(mounted: Box, flag: int) -> None:
+    fd = os.open(mounted.clear / "file", os.O_RDWR | os.O_CREAT | flag, 0o600)
     try:
         for number in range(5):
             assert os.write(fd, b"%d" % number * 3000) == 3000
+        mounted.kill_daemon()
     finally:
-        os.close(fd)
-    assert reread(here / "file") == b"".join(b"%d" % number * 3000 for number in range(5))
+        with suppress(OSError):
+            os.close(fd)
+    mounted.mount()
+    assert (mounted.clear / "file").read_bytes() == b"".join(b"%d" % number * 3000 for number in range(5))
+
+
+def test_a_buffered_write_beyond_the_largest_file_fails_at_fsync_and_costs_nothing_else(mounted: Box) -> None:
+    path = mounted.clear / "file"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        assert os.write(fd, b"kept") == 4
+        os.fsync(fd)
+        assert os.pwrite(fd, b"x", 1 << 62) == 1
+        with refused(errno.EFBIG):
+            os.fsync(fd)
+    finally:
+        with suppress(OSError):
+            os.close(fd)
+    mounted.remount()
+    assert path.read_bytes() == b"kept"
 
 
 def test_fsync_and_fdatasync(here: Path) -> None:
