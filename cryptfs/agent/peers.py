@@ -8,7 +8,6 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from cryptfs.format.audit import TEXT_MAX_CHARS, PeerLine
 
@@ -37,10 +36,16 @@ def describe(sock: socket.socket, pid: int, uid: int, exe_of: Callable[[int], st
     """
     with _peer_pidfd(sock) as pidfd:
         exe = exe_of(pid)
-        comm = _quietly(lambda: Path(f"/proc/{pid}/comm").read_bytes().decode("utf-8", "replace").rstrip("\n"))
+        comm = _quietly(lambda: _comm_of(pid))
         if pidfd is not None and _has_ended(pidfd):
             exe = comm = None
     return PeerLine(pid, uid, exe and exe[:TEXT_MAX_CHARS], comm and comm[:TEXT_MAX_CHARS])
+
+
+def _comm_of(pid: int) -> str:
+    # No `Path`: it interns every part, and the interpreter's table of those grows with the connections there ever were.
+    with open(f"/proc/{pid}/comm", "rb") as file:
+        return file.read().decode("utf-8", "replace").rstrip("\n")
 
 
 def _quietly(read: Callable[[], str]) -> str | None:
