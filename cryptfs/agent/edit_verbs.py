@@ -112,19 +112,19 @@ class Editing:
 
     async def _rotate_kek(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume", "carried", "shred_secret")
-        async with self._attempt(args):
-            with ExitStack() as stack:
-                carried = get_keys(args, "carried", stack)
-                volume, given = self._checked(args), get_shred_secret(args)
+        with ExitStack() as stack:
+            carried, given = get_keys(args, "carried", stack), get_shred_secret(args)
+            async with self._attempt(args):
+                volume = self._checked(args)
                 # Wiped by the thread, which outlives a client that leaves.
                 held = stack.pop_all()
 
-            def rotate(now: Unlocked) -> Unlocked:
-                shred = self._places.find(volume, given)
-                with held, shred or nullcontext():
-                    return editing.with_new_kek(now, carried, self._providers, self._random, shred)
+                def rotate(now: Unlocked) -> Unlocked:
+                    shred = self._places.find(volume, given)
+                    with held, shred or nullcontext():
+                        return editing.with_new_kek(now, carried, self._providers, self._random, shred)
 
-            return await self._edited(args, rotate)
+                return await self._edited(args, rotate)
 
     async def _destroy_keks(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume")

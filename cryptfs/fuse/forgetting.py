@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import os
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -158,10 +158,21 @@ def _quietly(call: Callable[..., bool], *args: object) -> None:
         log.info("the kernel could not drop what it was told to: %s", error.strerror)
 
 
+_SYNC = """
+import ctypes, sys
+ctypes.CDLL(None).syncfs(int(sys.argv[1]))
+"""
+
+
 def sync_mount(mountpoint: str) -> None:
-    """syncfs(2) on the mount: the kernel writes its dirty pages to this process, which must go on answering."""
+    """syncfs(2) on the mount: the kernel writes its dirty pages to this process, which must go on answering.
+
+    By a process that does not have the FUSE descriptor. The call cannot be interrupted, not even by SIGKILL: a thread
+    of ours in it would keep a killed daemon's descriptor open, the connection with it, and itself waiting for ever.
+    """
     fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        ctypes.CDLL(None, use_errno=True).syncfs(fd)
+        words = [sys.executable, "-I", "-S", "-c", _SYNC, str(fd)]
+        subprocess.run(words, pass_fds=(fd,), stdin=subprocess.DEVNULL, check=False)
     finally:
         os.close(fd)

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +17,6 @@ from cryptfs.cli import plain_agent
 from cryptfs.cli.plain_agent import NotReached
 from cryptfs.errors import AgentUnavailable, NotPermitted, WrongSecret
 from cryptfs.format.agent_msg import PROTOCOL_VERSION, encode_failure, encode_push, encode_reply
-from cryptfs.keys import agent_socket
 from cryptfs.keys.agent_answers import get_int
 from tests.cli.conftest import PASSPHRASE, Cryptfs
 from tests.conftest import XdgDirs
@@ -119,7 +117,7 @@ def test_one_that_hangs_up_is_not_asked_again() -> None:
 
 def test_another_users_agent_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     user = os.geteuid()
-    monkeypatch.setattr(agent_socket, "os", SimpleNamespace(geteuid=lambda: user + 1))
+    monkeypatch.setattr(paths, "peer_of", lambda _sock: (1, user + 1))
     with agent_that_says() as heard, pytest.raises(NotPermitted, match="another user"):
         tell()
     assert heard == []
