@@ -449,7 +449,7 @@ async def test_vanishing_clients_leave_nothing_behind(serve_here: ServeHere) -> 
         await settled(lambda: served.server.connections == 1)
         await settled(lambda: len(os.listdir("/proc/self/fd")) == fds)
         await client.status()
-        assert trio.lowlevel.current_statistics().tasks_living == tasks
+        await settled(lambda: trio.lowlevel.current_statistics().tasks_living == tasks)
 
 
 async def test_connections_beyond_the_limit_are_refused_if_none_is_idle(
