@@ -173,6 +173,9 @@ def clear_dead(mountpoint: Path) -> bool:
     return cleared
 
 
+_BUSY_TRIES, _BUSY_PAUSE_S = 5, 0.1
+
+
 def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
     """fusermount3 -u, or umount(8) for root where that is missing.
 
@@ -184,10 +187,16 @@ def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
         command = [tool, *(["-l"] if lazily else []), "--", str(mountpoint)]
     else:
         raise _no_fusermount()
-    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=_C_LOCALE)
-    if ended.returncode == 0:
-        return
-    said = ended.stderr.strip()
+    said = ""
+    for _ in range(_BUSY_TRIES):
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=_C_LOCALE)
+        if ended.returncode == 0:
+            return
+        said = ended.stderr.strip()
+        if "busy" not in said.lower():
+            break
+        # For a moment it may be the daemon's own helper, which has the kernel write what is dirty.
+        time.sleep(_BUSY_PAUSE_S)
     if "busy" in said.lower():
         busy = MountpointUnusable(f"{mountpoint} is in use; it stays mounted")
         raise hinted(busy, f"close what uses it: `fuser -vm {mountpoint}` shows the programs")

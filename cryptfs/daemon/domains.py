@@ -24,6 +24,7 @@ from cryptfs.fs.attributes import without_links
 from cryptfs.fs.directory import pinned
 from cryptfs.fs.domain import (
     MISSING,
+    SHREDDED,
     aside_name,
     domains_fd,
     find_name,
@@ -291,7 +292,7 @@ class Domains:
 
     async def _delete(self, opened: _Open) -> None:
         ctx = self._volume.ctx
-        await ctx.in_thread(remove_tree, ctx.store, domains_fd(ctx), aside_name(opened.domain_id))
+        await ctx.in_thread(remove_tree, ctx.store, domains_fd(ctx), aside_name(opened.domain_id), SHREDDED)
         self._removed.remove(opened)
 
     # closing ---------------------------------------------------------------------------------------------------

@@ -88,8 +88,10 @@ class Reaper:
             remove_tree(store, tmp, name)
 
 
-def remove_tree(store: Store, dir_fd: int, name: bytes) -> None:
+def remove_tree(store: Store, dir_fd: int, name: bytes, last: bytes = b"") -> None:
     """Delete `name` and what is in it, following nothing; what cannot be deleted stays.
+
+    `last`: a file in it that goes after all else, as it says that the rest may go: whoever is killed leaves it.
 
     It may be deeper than there are descriptors: directories below the first level are moved up to that before they are
     emptied.
@@ -102,7 +104,7 @@ def remove_tree(store: Store, dir_fd: int, name: bytes) -> None:
     except OSError:
         return
     try:
-        todo = _emptied(store, top, top)
+        todo = _emptied(store, top, top, last)
         while todo:
             inner = todo.pop()
             with suppress(OSError):
@@ -112,16 +114,21 @@ def remove_tree(store: Store, dir_fd: int, name: bytes) -> None:
                 finally:
                     store.close(fd)
                 store.rmdir(top, inner)
+        if last:
+            with suppress(OSError):
+                store.unlink(top, last)
     finally:
         store.close(top)
     with suppress(OSError):
         store.rmdir(dir_fd, name)
 
 
-def _emptied(store: Store, fd: int, top: int) -> list[bytes]:
+def _emptied(store: Store, fd: int, top: int, but: bytes = b"") -> list[bytes]:
     """Delete what is in a directory; the directories in it are in `top` afterwards, under the names returned."""
     moved: list[bytes] = []
     for inner in store.listdir(fd):
+        if inner == but:
+            continue
         try:
             store.unlink(fd, inner)
         except IsADirectoryError:

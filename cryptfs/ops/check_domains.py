@@ -9,7 +9,7 @@ import os
 
 from cryptfs.errors import Damaged
 from cryptfs.fs.context import FsContext
-from cryptfs.fs.domain import ASIDE, DOMAINS, domains_fd, find_name, id_in_name, is_shredded_at
+from cryptfs.fs.domain import ASIDE, DOMAINS, SHREDDED, domains_fd, find_name, id_in_name, is_shredded_at
 from cryptfs.fs.reaper import remove_tree
 from cryptfs.names import DIR_LOG, DIR_LOG_NEW
 from cryptfs.ops.check_report import Finding, Severity, What
@@ -80,5 +80,5 @@ def _is_empty(ctx: FsContext, name: bytes) -> bool:
 def remove(ctx: FsContext, path: bytes) -> bool:
     """Delete a leftover; whether it is gone. Blocks. Raises OSError."""
     name = path.removeprefix(DOMAINS + b"/")
-    remove_tree(ctx.store, domains_fd(ctx), name)
+    remove_tree(ctx.store, domains_fd(ctx), name, SHREDDED)
     return name not in ctx.store.listdir(domains_fd(ctx))
