@@ -7,6 +7,7 @@ only if they lie under, or name, one of the directories given, since other progr
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -70,12 +71,21 @@ def settled(look: Callable[[], Found]) -> Found:
     return found
 
 
+def _path_of(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return "a path that is too long to be shown"
+
+
 def open_fds() -> dict[int, str]:
     """This process's descriptors and what each points at."""
     fds = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
-            fds[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+            fds[int(name)] = _path_of(name)
     return {fd: target for fd, target in fds.items() if target != f"/proc/{os.getpid()}/fd"}
 
 
