@@ -16,7 +16,7 @@ from cryptfs.agent.freshness import Records
 from cryptfs.agent.recording import Attachment, Peer, check_file
 from cryptfs.agent.reports import Reports
 from cryptfs.agent.volumes import Volumes
-from cryptfs.errors import Denied, ProtocolError, RolledBack, VolumeBusy, VolumeLocked
+from cryptfs.errors import Denied, ProtocolError, VolumeBusy, VolumeLocked
 from cryptfs.format.volume import FILE_MAX_BYTES
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,7 @@ class Attaching:
         record = await self._records.opened(volume_id)
         # Once more: while the record was opened, the volume may have been locked or attached to.
         volume_id, attachment = self._attachment(peer, args)
-        if attachment.serial < record.seen.serial or attachment.kek_version < record.seen.kek_version:
-            raise RolledBack("the volume file is older than this machine has seen it")
+        record.seen.refuse_older(attachment.serial, attachment.kek_version)
         self._volumes.attached[volume_id] = attachment
         self._kept.discard(volume_id)
         self._volumes.policies.learn(volume_id, attachment.serial, attachment.policy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,7 +27,6 @@ from cryptfs.agent.unlocking import Providers, Unlocked
 from cryptfs.agent.volume_args import SECRET_MAX_BYTES, get_keys, get_new_protector, get_policy, get_shred_secret
 from cryptfs.agent.volume_in_place import check_in_place
 from cryptfs.crypto.secret import Secret
-from cryptfs.errors import RolledBack
 from cryptfs.format.agent_msg import encode_push
 from cryptfs.format.volume import FILE_MAX_BYTES, LABEL_MAX_CHARS, Volume
 from cryptfs.ports import Clock, Random
@@ -112,19 +111,13 @@ class Editing:
 
     async def _rotate_kek(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume", "carried", "shred_secret")
-        with ExitStack() as stack:
-            carried, given = get_keys(args, "carried", stack), get_shred_secret(args)
-            async with self._attempt(args):
-                volume = self._checked(args)
-                # Wiped by the thread, which outlives a client that leaves.
-                held = stack.pop_all()
+        with ExitStack() as secrets:
+            carried = get_keys(args, "carried", secrets)
 
-                def rotate(now: Unlocked) -> Unlocked:
-                    shred = self._places.find(volume, given)
-                    with held, shred or nullcontext():
-                        return editing.with_new_kek(now, carried, self._providers, self._random, shred)
+            def rotate(now: Unlocked, shred: Secret | None) -> Unlocked:
+                return editing.with_new_kek(now, carried, self._providers, self._random, shred)
 
-                return await self._edited(args, rotate)
+            return await self._tried(args, secrets, rotate)
 
     async def _destroy_keks(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args, "volume_id", "volume")
@@ -165,31 +158,34 @@ class Editing:
 
     async def _refuse_older(self, volume: Volume) -> None:
         record = await self._records.opened(volume.volume_id)
-        if volume.serial < record.seen.serial or volume.kek_version < record.seen.kek_version:
-            raise RolledBack("the volume file is older than this machine has seen it")
+        record.seen.refuse_older(volume.serial, volume.kek_version)
 
     async def _edited_with_secret(
         self, args: Args, work: Callable[[Unlocked, Secret, Secret | None], Unlocked]
     ) -> dict[str, Any]:
-        async with self._attempt(args):
-            with ExitStack() as stack:
-                secret = stack.enter_context(Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES)))
-                volume, given = self._checked(args), get_shred_secret(args)
-                held = stack.pop_all()
+        with ExitStack() as secrets:
+            secret = secrets.enter_context(Secret.of(arg.get_bytes(args, "secret", 1, SECRET_MAX_BYTES)))
+            return await self._tried(args, secrets, lambda now, shred: work(now, secret, shred))
+
+    async def _tried(
+        self, args: Args, secrets: ExitStack, work: Callable[[Unlocked, Secret | None], Unlocked]
+    ) -> dict[str, Any]:
+        """The turn of an edit that tries `secrets`: wrong ones count as those of `unlock`, or nobody would ask there.
+
+        A right one ends no count: a program without the volume's passphrase knows that of a protector it added. `work`
+        gets the volume's shred secret, too.
+        """
+        given = get_shred_secret(args)
+        async with self._attempts.next(self._checked(args).volume_id, proves=False):
+            volume = self._checked(args)
+            # Wiped by the thread, which outlives a client that leaves.
+            held = secrets.pop_all()
 
             def edit(now: Unlocked) -> Unlocked:
-                shred = self._places.find(volume, given)
-                with held, shred or nullcontext():
-                    return work(now, secret, shred)
+                with held, self._places.find(volume, given) or nullcontext() as shred:
+                    return work(now, shred)
 
             return await self._edited(args, edit)
-
-    def _attempt(self, args: Args) -> AbstractAsyncContextManager[int]:
-        """The turn of an edit that tries a secret: wrong ones count as those of `unlock` do, or nobody would ask there.
-
-        A right one ends no count: a program without the volume's passphrase knows that of a protector it added.
-        """
-        return self._attempts.next(self._checked(args).volume_id, proves=False)
 
     async def _edited(self, args: Args, work: Callable[[Unlocked], Unlocked]) -> dict[str, Any]:
         """What `work` makes of the volume, as its file's bytes. A KEK that is new there waits for `commit`."""

@@ -23,7 +23,7 @@ import trio
 
 from cryptfs import durable
 from cryptfs.agent.places import private_state_dir
-from cryptfs.errors import FreshnessUnavailable, VolumeBusy
+from cryptfs.errors import FreshnessUnavailable, RolledBack, VolumeBusy
 from cryptfs.ports import Clock
 from cryptfs.types import DELETED, EPOCH_SHIFT, ID_BYTES
 
@@ -69,6 +69,11 @@ class Seen:
     serial: int = 0
     kek_version: int = 0
     state_sequence: int = 0
+
+    def refuse_older(self, serial: int, kek_version: int) -> None:
+        """Raise `RolledBack` for a `volume` file from before what was seen."""
+        if serial < self.serial or kek_version < self.kek_version:
+            raise RolledBack("the volume file is older than this machine has seen it")
 
     def raised(self, said: Seen) -> Seen:
         """Each the larger of what is known and what is said."""

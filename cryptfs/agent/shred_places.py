@@ -11,9 +11,10 @@ from typing import Protocol, runtime_checkable
 
 from cryptfs.agent.shred_store import KIND as AGENT
 from cryptfs.agent.shred_store import ShredStore
+from cryptfs.agent.unlocking import check_shred
 from cryptfs.crypto.secret import Secret
-from cryptfs.crypto.shred import SECRET_BYTES, shred_check
-from cryptfs.errors import CryptfsError, ProtocolError, ShredSecretMissing, UnsupportedFormat, WrongSecret
+from cryptfs.crypto.shred import SECRET_BYTES
+from cryptfs.errors import CryptfsError, ProtocolError, UnsupportedFormat, WrongSecret
 from cryptfs.format.volume import ParamValue, Volume
 from cryptfs.ports import Random, RootKey, RootProvider
 from cryptfs.types import Buffer
@@ -88,11 +89,10 @@ class ShredPlaces:
     def check(self, volume: Volume, given: bytes) -> bool:
         """Whether the volume's secret is there. Raises `ShredSecretMissing` if another one is, what a token raises."""
         found = self.find(volume, given)
-        if found is None or volume.shred is None:
+        if found is None:
             return False
         with found:
-            if shred_check(found.view(), volume.volume_id) != volume.shred.check:
-                raise ShredSecretMissing("this is not the volume's shred secret")
+            check_shred(volume, found)
         return True
 
     def destroy(self, volume: Volume, given: bytes) -> bool:
