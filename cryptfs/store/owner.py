@@ -110,82 +110,56 @@ class OwnersStore(LocalStore):
     def chmod(self, dir_fd: int, name: bytes, mode: int) -> None:
         """As `LocalStore`."""
         with self._lock:
-            try:
-                super().chmod(dir_fd, name, mode)
-            except PermissionError as error:
-                self._again(error, lambda: LocalStore.chmod(self, dir_fd, name, mode), dir_fd)
+            self._as_owner(lambda: LocalStore.chmod(self, dir_fd, name, mode), dir_fd)
 
     def mkdir(self, dir_fd: int, name: bytes, mode: int = 0o700) -> None:
         """As `LocalStore`."""
-        try:
-            super().mkdir(dir_fd, name, mode)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.mkdir(self, dir_fd, name, mode), dir_fd)
+        self._as_owner(lambda: LocalStore.mkdir(self, dir_fd, name, mode), dir_fd)
 
     def rmdir(self, dir_fd: int, name: bytes) -> None:
         """As `LocalStore`."""
-        try:
-            super().rmdir(dir_fd, name)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.rmdir(self, dir_fd, name), dir_fd)
+        self._as_owner(lambda: LocalStore.rmdir(self, dir_fd, name), dir_fd)
 
     def unlink(self, dir_fd: int, name: bytes) -> None:
         """As `LocalStore`."""
-        try:
-            super().unlink(dir_fd, name)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.unlink(self, dir_fd, name), dir_fd)
+        self._as_owner(lambda: LocalStore.unlink(self, dir_fd, name), dir_fd)
 
     def rename(self, src_fd: int, src: bytes, dst_fd: int, dst: bytes, flags: int = 0) -> None:
         """As `LocalStore`."""
-        try:
-            super().rename(src_fd, src, dst_fd, dst, flags)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.rename(self, src_fd, src, dst_fd, dst, flags), src_fd, dst_fd)
+        self._as_owner(lambda: LocalStore.rename(self, src_fd, src, dst_fd, dst, flags), src_fd, dst_fd)
 
     def link(self, src_fd: int, src: bytes, dst_fd: int, dst: bytes) -> None:
         """As `LocalStore`."""
-        try:
-            super().link(src_fd, src, dst_fd, dst)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.link(self, src_fd, src, dst_fd, dst), src_fd, dst_fd)
+        self._as_owner(lambda: LocalStore.link(self, src_fd, src, dst_fd, dst), src_fd, dst_fd)
 
     def symlink(self, target: bytes, dir_fd: int, name: bytes) -> None:
         """As `LocalStore`."""
-        try:
-            super().symlink(target, dir_fd, name)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.symlink(self, target, dir_fd, name), dir_fd)
+        self._as_owner(lambda: LocalStore.symlink(self, target, dir_fd, name), dir_fd)
 
     def readlink(self, dir_fd: int, name: bytes) -> bytes:
         """As `LocalStore`."""
-        try:
-            return super().readlink(dir_fd, name)
-        except PermissionError as error:
-            return self._again(error, lambda: LocalStore.readlink(self, dir_fd, name), dir_fd)
+        return self._as_owner(lambda: LocalStore.readlink(self, dir_fd, name), dir_fd)
 
     def mknod(self, dir_fd: int, name: bytes, mode: int, rdev: int) -> None:
         """As `LocalStore`."""
-        try:
-            super().mknod(dir_fd, name, mode, rdev)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.mknod(self, dir_fd, name, mode, rdev), dir_fd)
+        self._as_owner(lambda: LocalStore.mknod(self, dir_fd, name, mode, rdev), dir_fd)
 
     def chown(self, dir_fd: int, name: bytes, uid: int, gid: int) -> None:
         """As `LocalStore`."""
-        try:
-            super().chown(dir_fd, name, uid, gid)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.chown(self, dir_fd, name, uid, gid), dir_fd)
+        self._as_owner(lambda: LocalStore.chown(self, dir_fd, name, uid, gid), dir_fd)
 
     def utimens(self, dir_fd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None:
         """As `LocalStore`."""
-        try:
-            super().utimens(dir_fd, name, atime_ns, mtime_ns)
-        except PermissionError as error:
-            self._again(error, lambda: LocalStore.utimens(self, dir_fd, name, atime_ns, mtime_ns), dir_fd)
+        self._as_owner(lambda: LocalStore.utimens(self, dir_fd, name, atime_ns, mtime_ns), dir_fd)
 
     # as the owner ----------------------------------------------------------------------------------------------
+
+    def _as_owner(self, call: Callable[[], T], *dir_fds: int) -> T:
+        """`call`, which works in the directories behind `dir_fds`, whatever their modes say of us."""
+        try:
+            return call()
+        except PermissionError as error:
+            return self._again(error, call, *dir_fds)
 
     def _again(self, error: PermissionError, call: Callable[[], T], *dir_fds: int) -> T:
         """`call` with the directories behind `dir_fds` open to us. Raises `error` if it is none of their modes."""
