@@ -159,13 +159,17 @@ class Attributes(Opening):
     # Each of these works on what `InodeTable.handle` names, or on the open file or directory `where` (no name).
 
     async def _handle(self, inode: Inode) -> tuple[int, bytes | None]:
-        where, name = (-1, b"") if inode.file is not None or inode.kind == Kind.DIR else await self.inodes.handle(inode)
-        if inode.file is not None:
-            inode.file.state.meta_unsynced = True
-            return inode.file.state.data_fd, None
         if inode.kind == Kind.DIR:
             return (self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)).fd, None
-        return where, name
+        file = inode.file
+        if file is None:
+            where, name = await self.inodes.handle(inode)
+            # Somebody may have opened it meanwhile.
+            file = inode.file
+            if file is None:
+                return where, name
+        file.state.meta_unsynced = True
+        return file.state.data_fd, None
 
     def _chown(self, where: int, name: bytes | None, uid: int, gid: int) -> None:
         if name is not None:

@@ -334,6 +334,10 @@ class InodeTable:
         """The inodes of these."""
         return [inode for inode in self._inodes.values() if inode.file is not None]
 
+    def unnamed(self) -> list[Inode]:
+        """The inodes of what has no name any more, is not open here, and may be opened again (`Inode.kept_fd`)."""
+        return [inode for inode in self._inodes.values() if inode.is_unnamed and inode.file is None]
+
     def close(self) -> None:
         """Close every descriptor."""
         for node in self._dirs.values():

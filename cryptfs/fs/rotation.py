@@ -172,11 +172,10 @@ class Rotation:
                     await self._one_arrival(parent, log_id, wanted)
                 finally:
                     self._let_go(parent)
-            for inode in self._volume.inodes.all():
-                if inode.file is not None:
-                    await self._open_file(inode)
-                elif inode.is_unnamed:
-                    await self._unnamed(inode)
+            for inode in self._volume.inodes.with_files():
+                await self._open_file(inode)
+            for inode in self._volume.inodes.unnamed():
+                await self._unnamed(inode)
             if not self._arrivals:
                 return
 

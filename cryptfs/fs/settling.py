@@ -5,10 +5,13 @@ What fails is logged and tried again. A file counts as opened while something of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import trio
 
 from cryptfs.errors import CryptfsError
 from cryptfs.fs.context import FsContext, log
+from cryptfs.fs.file import FileNode
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.opening import Opening, held
 from cryptfs.fs.reaper import Reaper
@@ -74,10 +77,7 @@ class Settling(Opening):
     async def commit_all(self) -> bool:
         """Append every frame that is owed; False if one could not be."""
         good = True
-        for inode in self.inodes.with_files():
-            file = inode.file
-            if file is None or file.unlinked or not file.journal.loaded:
-                continue
+        for inode, file in self._worth_keeping():
             with held(file):
                 await file.state.lock.acquire_exclusive()
                 try:
@@ -100,10 +100,7 @@ class Settling(Opening):
     async def sync_all(self) -> bool:
         """Sync every file somebody has open or that is not settled; False if one could not be."""
         good = True
-        for inode in self.inodes.with_files():
-            file = inode.file
-            if file is None or file.unlinked or not file.journal.loaded:
-                continue
+        for inode, file in self._worth_keeping():
             with held(file):
                 try:
                     await file.journal.fsync()
@@ -119,6 +116,13 @@ class Settling(Opening):
                 log.error("directory inode %d: not synced: %s", node.ino, error)
                 good = False
         return good
+
+    def _worth_keeping(self) -> Iterator[tuple[Inode, FileNode]]:
+        """Open files that have a name and were read or written; each is looked at when its turn comes."""
+        for inode in self.inodes.with_files():
+            file = inode.file
+            if file is not None and not file.unlinked and file.journal.loaded:
+                yield inode, file
 
     def _complain(self, inode: Inode, text: str) -> None:
         """Log what failed, once until it succeeds.
