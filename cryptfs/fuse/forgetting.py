@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import subprocess
 import sys
 from collections import deque
@@ -159,8 +158,8 @@ def _quietly(call: Callable[..., bool], *args: object) -> None:
 
 
 _SYNC = """
-import ctypes, sys
-ctypes.CDLL(None).syncfs(int(sys.argv[1]))
+import ctypes, os, sys
+ctypes.CDLL(None).syncfs(os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY))
 """
 
 
@@ -170,9 +169,5 @@ def sync_mount(mountpoint: str) -> None:
     By a process that does not have the FUSE descriptor. The call cannot be interrupted, not even by SIGKILL: a thread
     of ours in it would keep a killed daemon's descriptor open, the connection with it, and itself waiting for ever.
     """
-    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        words = [sys.executable, "-I", "-S", "-c", _SYNC, str(fd)]
-        subprocess.run(words, pass_fds=(fd,), stdin=subprocess.DEVNULL, check=False)
-    finally:
-        os.close(fd)
+    words = [sys.executable, "-I", "-S", "-c", _SYNC, mountpoint]
+    subprocess.run(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
