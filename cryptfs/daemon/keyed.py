@@ -28,7 +28,7 @@ class Keyed:
         self._nursery = nursery
         self.gate = Gate()
         self.policies = Policies(args.overrides)
-        self.locking = Locking(self.gate, self.policies)
+        self.locking = Locking(self.gate, self.policies, clock)
         self.heard: list[Callable[[str, Mapping[str, Any]], None]] = []
         """Who else is told what the agent pushes, as `AgentLink` tells it."""
         self.link = AgentLink(nursery, args.agent_socket, mounted, self._on_event)

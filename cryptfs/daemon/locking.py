@@ -32,6 +32,7 @@ from cryptfs.fuse.forgetting import Forgetting
 from cryptfs.fuse.gate import NAMES_MAX_S, Gate
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.link import AgentLink
+from cryptfs.ports import Clock
 
 log = logging.getLogger("cryptfs")
 
@@ -40,6 +41,8 @@ _MARGIN_S = 1.0
 """Kept from the agent's deadline for what comes after writing back."""
 _SECOND_LOOK_S = 1.0
 _RETRY_S = 0.5
+_LOOK_S = 1.0
+"""How often to look whether keys are too old: trio's clock stands still while the machine is suspended, ages do not."""
 _KNOCK_S = 1.0
 """How often a missing agent is looked for while keys are still good."""
 _ATTACH_S, _SHORTLY_S = 2.0, 0.05
@@ -59,12 +62,15 @@ class State(enum.Enum):
 class Locking:
     """One per mount. `on_event` is the link's; run `serve` beside the mount."""
 
-    def __init__(self, gate: Gate, policies: Policies) -> None:
+    def __init__(self, gate: Gate, policies: Policies, clock: Clock) -> None:
+        """`clock`: the one that keys age by."""
         self.state = State.OPEN
         self._gate = gate
         self._policies = policies
+        self._clock = clock
         self._send, self._events = trio.open_memory_channel[tuple[str, Mapping[str, Any]]](math.inf)
         self._adrift_until = math.inf
+        self._writing: set[trio.CancelScope] = set()
         self._attaching: trio.Event | None = None
         self._attaching_since = 0.0
         self._refused_send, self._refused = trio.open_memory_channel[tuple[int, int, int]](math.inf)
@@ -73,11 +79,11 @@ class Locking:
         """See `AgentLink`. Never blocks."""
         if kind == "gone":
             heard_at = event.get("heard_at")
-            self._lost(trio.current_time() if heard_at is None else heard_at)
+            self._lost(self._clock.monotonic() if heard_at is None else heard_at)
         self._send.send_nowait((kind, event))
 
     def _lost(self, since: float) -> None:
-        """No key came after `since` (trio's clock)."""
+        """No key came after `since` (`Clock.monotonic`)."""
         if self.state is State.OPEN:
             self.state = State.ADRIFT
             self._adrift_until = since + self._policies.now.lifetime_s
@@ -85,7 +91,7 @@ class Locking:
     def _short(self) -> None:
         """A write could not have its key."""
         if self.state is State.OPEN:
-            self._lost(trio.current_time())
+            self._lost(self._clock.monotonic())
             self._send.send_nowait(("gone", {}))
 
     async def serve(self, link: AgentLink, keys: KeyCache, volume: Volume, session: Forgetting) -> None:
@@ -101,12 +107,16 @@ class Locking:
             self._nursery = nursery
             nursery.start_soon(self._drop_refused)
             while True:
-                with trio.move_on_at(self._adrift_until) as waiting:
+                if self._clock.monotonic() >= self._adrift_until:
+                    log.warning("the key agent is away for longer than any key may be kept: the volume is locked")
+                    for scope in self._writing:
+                        scope.cancel()
+                    await self._close(math.inf, agent=False)
+                with trio.move_on_after(self._next_look_s()) as waiting:
                     kind, event = await self._events.receive()
                 if waiting.cancelled_caught:
-                    log.warning("the key agent is away for longer than any key may be kept: the volume is locked")
-                    await self._close(math.inf, agent=False)
-                elif kind == "locking":
+                    continue
+                if kind == "locking":
                     deadline_ms = event.get("deadline_ms")
                     within_s = deadline_ms / 1000 if type(deadline_ms) is int else _DEADLINE_S
                     await self._close(within_s - _MARGIN_S, agent=True)
@@ -116,6 +126,10 @@ class Locking:
                     self._drift()
                 elif kind in ("back", "unlocked"):
                     await self._reopen()
+
+    def _next_look_s(self) -> float:
+        left_s = self._adrift_until - self._clock.monotonic()
+        return left_s if left_s == math.inf else max(0.0, min(left_s, _LOOK_S))
 
     def _bound_names(self) -> None:
         """Where the kernel cannot be told to forget names, it must not believe them for longer than a key may stay."""
@@ -132,10 +146,14 @@ class Locking:
         self._nursery.start_soon(self._look_for_agent)
 
     async def _write_all(self) -> None:
-        with suppress(OSError), trio.move_on_at(self._adrift_until):
-            await self._volume.flush()
-            await self._session.sync()
-            await self._volume.flush()
+        with suppress(OSError), trio.CancelScope() as scope:
+            self._writing.add(scope)
+            try:
+                await self._volume.flush()
+                await self._session.sync()
+                await self._volume.flush()
+            finally:
+                self._writing.discard(scope)
 
     async def _look_for_agent(self) -> None:
         while self.state is State.ADRIFT:

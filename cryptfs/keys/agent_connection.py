@@ -20,6 +20,7 @@ from cryptfs.crypto.secret import overwrite
 from cryptfs.errors import AgentUnavailable, ProtocolError
 from cryptfs.format.agent_codes import error_of
 from cryptfs.format.agent_msg import Answer, AnswerDecoder, Failure, Push, Reply, encode_request
+from cryptfs.keys.clock import SystemClock
 from cryptfs.paths import peer_of
 from cryptfs.sending import Sender
 
@@ -81,8 +82,9 @@ class AgentConnection:
         """Set once the connection is of no more use."""
         self.tick_s = TICK_S
         """Seconds, read anew for each tick; see `PATIENCE_TICKS`."""
-        self.heard_at = trio.current_time()
-        """When anything came from the agent last (trio's clock): no key that it gave is younger."""
+        self._monotonic = SystemClock().monotonic
+        self.heard_at = self._monotonic()
+        """When anything came from the agent last, on the clock keys age by: no key that it gave is younger."""
 
     # the connection --------------------------------------------------------------------------------------------
 
@@ -148,7 +150,7 @@ class AgentConnection:
         if not have:
             self._lose("the key agent closed the connection")
             return True
-        self.heard_at = trio.current_time()
+        self.heard_at = self._monotonic()
         try:
             for answer in self._decoder.feed(self._received[:have]):
                 self._take(answer)

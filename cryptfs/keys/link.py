@@ -48,7 +48,7 @@ class AgentLink(VolumeRequests):
 
     `on_event` is called, between two awaits, with what the agent pushes about the volume (`locking`, `locked`,
     `unlocked`, `policy`, `report`: docs/AGENT_PROTOCOL.md), `policy` when attached too, with `gone` when the connection
-    is lost (`heard_at`: when the agent was heard last, on trio's clock, if it hangs), with `back` when there is one
+    is lost (`heard_at`: when it was heard last, by the clock of keys, if it hangs), with `back` when there is one
     again.
     """
 
