@@ -4,9 +4,9 @@ Each room of verbs is a module: `open_verbs`, `lock_verbs`, `attach_verbs`, `key
 `rotations`, `reports`. Here is which verb is whose, and what is the same for all: who is served, what is logged, what
 is answered.
 
-Everything here runs on the server's one loop, and only what runs a KDF or touches a freshness record ever awaits (a
-thread): between two awaits nobody else sees or changes the keyring. No reply, log line or error text quotes a
-secret; a refused request is logged by verb and error code.
+Everything here runs on the server's one loop: between two awaits nobody else sees or changes the keyring. Which verb
+awaits what, and what it looks at again then, is in docs/CONCURRENCY.md, "The agent". No reply, log line or error text
+quotes a secret; a refused request is logged by verb and error code.
 """
 
 from __future__ import annotations
