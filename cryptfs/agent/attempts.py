@@ -20,8 +20,8 @@ DELAY_MAX_S = 30.0
 VOLUMES_MAX = 256
 """Counted each for itself; all others share one count."""
 QUIET_S = 600.0
-"""After that long without a wrong secret a volume's count may make room for another's: who waited for it would have
-had 20 attempts at `DELAY_MAX_S`, more than the `FREE` ones that begin anew."""
+"""After that long without a wrong secret a volume's count is old and may be lost, to another's or with the agent: who
+waited for it would have had 20 attempts at `DELAY_MAX_S`, more than the `FREE` ones that begin anew."""
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ def delay_s(failures: int) -> float:
 
 
 class Attempts:
-    """The counts, in memory: they begin anew with the agent.
+    """The counts, in memory: they begin anew with the agent, which does not end by itself while one is young.
 
     Volume ids are the client's word: a file with another id in it can be made at will. So a count is kept only where a
     secret was wrong, and none is dropped for another's sake before it is old.
@@ -75,6 +75,12 @@ class Attempts:
             tally.waiting -= 1
             if not tally.waiting and not tally.failures and self._tallies.get(volume_id) is tally:
                 del self._tallies[volume_id]
+
+    @property
+    def young_for_s(self) -> float:
+        """Seconds until every count is old, if nothing is tried any more; 0: they are. Only then may they be lost."""
+        counts = [tally.failed_at for tally in (*self._tallies.values(), self._others) if tally.failures]
+        return max(0.0, max(counts) + QUIET_S - trio.current_time()) if counts else 0.0
 
     def _of(self, volume_id: bytes) -> _Tally:
         tally = self._tallies.get(volume_id)

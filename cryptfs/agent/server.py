@@ -74,7 +74,8 @@ class Server:
     ) -> None:
         """`state_dir` (absolute) is where what must outlive the agent is kept; made when first needed.
 
-        `exit_when_empty`: end once no volume is unlocked and no connection is open, after the grace times.
+        `exit_when_empty`: end once no volume is unlocked, no connection is open and no count of wrong secrets is young,
+        after the grace times.
         """
         self.audit = Auditor(os.path.join(state_dir, "audit"), random, clock)
         self._service = Service(
@@ -165,7 +166,8 @@ class Server:
                 await self._changed.wait()
                 grace_s = self._empty_grace_s
                 continue
-            with trio.move_on_after(grace_s) as scope:
+            # Or waiting half a second would begin the count of wrong secrets anew.
+            with trio.move_on_after(max(grace_s, self._service.counts_for_s)) as scope:
                 await self._changed.wait()
             if scope.cancelled_caught and self._empty:
                 log.info("no volume is unlocked and nobody is connected: ending")

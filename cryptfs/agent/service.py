@@ -63,7 +63,7 @@ class Service:
         self._reports = Reports(volumes.attached)
         self._attaching = Attaching(volumes, records, self._reports)
         self._keys = Keys(volumes, records)
-        attempts = Attempts()
+        self._attempts = attempts = Attempts()
         places = ShredPlaces(shred, providers, random)
         locking = Locking(volumes, places, threads, self.stopping)
         opening = Opening(
@@ -106,6 +106,11 @@ class Service:
     def empty(self) -> bool:
         """Whether no volume is unlocked."""
         return not self.volumes.keyring.volume_ids
+
+    @property
+    def counts_for_s(self) -> float:
+        """Seconds for which a count of wrong secrets is still too young to be lost."""
+        return self._attempts.young_for_s
 
     def is_slow(self, request: Request) -> bool:
         """Whether `answer_slow` must be awaited for this request rather than `answer` called."""
@@ -197,7 +202,8 @@ class Service:
                     "daemon_pid": attachment.peer.pid if attachment else None,
                 }
             )
-        return {"pid": os.getpid(), "exit_when_empty": self._exit_when_empty, "volumes": volumes}
+        ends = self._exit_when_empty and not self.counts_for_s
+        return {"pid": os.getpid(), "exit_when_empty": ends, "volumes": volumes}
 
     async def _tell_reports(self, _peer: Peer, args: Args) -> dict[str, Any]:
         arg.expect(args)

@@ -14,6 +14,7 @@ import pytest
 import trio
 import trio.lowlevel
 
+from cryptfs.agent import attempts
 from cryptfs.agent.listen import AlreadyServed
 from cryptfs.errors import (
     AgentUnavailable,
@@ -486,6 +487,39 @@ async def test_exit_when_empty_waits_for_the_last_volume_and_connection(serve_he
 
 async def test_exit_when_empty_ends_if_nobody_ever_comes(serve_here: ServeHere) -> None:
     async with serve_here(empty=True, startup_grace_s=0.05) as served:
+        with trio.fail_after(3):
+            await served.ended.wait()
+
+
+async def test_exit_when_empty_does_not_begin_the_count_of_wrong_secrets_anew(
+    serve_here: ServeHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "QUIET_S", 1.0)
+    async with serve_here(empty=True, startup_grace_s=5) as served:
+        async with open_agent(served.path) as client:
+            volume_id, volume = await create(client)
+            await client.lock(volume_id)
+            with pytest.raises(WrongSecret):
+                await client.unlock(volume=volume, cipher_dir="/c", secret=b"wrong")
+        await settled(lambda: served.server.connections == 0)
+        await trio.sleep(0.15)
+        assert not served.ended.is_set()
+        async with open_agent(served.path) as client:
+            assert not (await client.status()).exit_when_empty
+        with trio.fail_after(3):
+            await served.ended.wait()
+
+
+async def test_a_right_secret_lets_it_end_at_once(serve_here: ServeHere) -> None:
+    async with serve_here(empty=True, startup_grace_s=5) as served:
+        async with open_agent(served.path) as client:
+            volume_id, volume = await create(client)
+            await client.lock(volume_id)
+            with pytest.raises(WrongSecret):
+                await client.unlock(volume=volume, cipher_dir="/c", secret=b"wrong")
+            await client.unlock(volume=volume, cipher_dir="/c", secret=b"right")
+            await client.lock(volume_id)
+            assert (await client.status()).exit_when_empty
         with trio.fail_after(3):
             await served.ended.wait()
 
