@@ -29,8 +29,17 @@ _BY_CLASS: dict[type[errors.CryptfsError], str] = {
 }
 
 
-_IN_A_MOUNT = "lies in the cryptfs mount"
-"""What the agent says of a directory of its own (`agent.places`): no room there would help."""
+_BY_TEXT: dict[str, str] = {
+    # What the agent says of a directory of its own (`agent.places`): no room there would help.
+    "lies in the cryptfs mount": "have XDG_STATE_HOME name a directory outside of every cryptfs mount; then "
+    "`cryptfs agent stop`",
+    # `agent.listen`, `paths.private_dir`: nobody else need be in it.
+    "is no socket; it is left alone": "move it away, then try again",
+    "is open to other users": "`chmod 700` takes the others' rights away, if what lies there is yours",
+    # `plain_agent.stranger`.
+    "not as a key agent does": "end that process, then try again: an agent is started as needed",
+}
+"""Where the class says too little."""
 
 
 def hinted(error: E, hint: str) -> E:
@@ -44,8 +53,9 @@ def hint_for(error: errors.CryptfsError) -> str:
     own: list[str] = getattr(error, "__notes__", [])
     if own:
         return own[0]
-    if _IN_A_MOUNT in str(error):
-        return "have XDG_STATE_HOME name a directory outside of every cryptfs mount; then `cryptfs agent stop`"
+    for text, hint in _BY_TEXT.items():
+        if text in str(error):
+            return hint
     if isinstance(error, errors.AgentUnavailable) and error.silent_pid:
         pid = error.silent_pid
         return f"`kill -CONT {pid}` has it go on if it was stopped; `kill -9 {pid}` ends it, and mounts lock themselves"

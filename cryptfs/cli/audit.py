@@ -77,7 +77,10 @@ def show(  # noqa: PLR0913  one parameter per option
 
     if path is not None and (dir is None or ids):
         raise UsageError("--path takes DIR, and not --ids: only the volume says which files lie there")
-    wanted = Filter(moment(since), moment(until), process, frozenset(verbs), refused=refused)
+    since_ns, until_ns = moment(since), moment(until)
+    if since_ns is not None and until_ns is not None and since_ns > until_ns:
+        raise UsageError("--since is later than --until: no line is of such a time")
+    wanted = Filter(since_ns, until_ns, process, frozenset(verbs), refused=refused)
     # By place, not by time: the clock may have been set back, and what we ask for ourselves is not to be shown.
     ends = ends_of(_directory())
     known: Paths = {}

@@ -65,7 +65,7 @@ def _reaching(ask_once: Callable[[], T]) -> T:
         except NotReached as error:
             why = str(error)
             time.sleep(0.1)
-    raise AgentUnavailable(why)
+    raise plain_agent.stranger(why)
 
 
 def _ask_running(request: Request[T], otherwise: T) -> T:
@@ -74,7 +74,9 @@ def _ask_running(request: Request[T], otherwise: T) -> T:
         return otherwise
     try:
         return _run(request)
-    except NotReached:
+    except NotReached as error:
+        if agent_process.is_running():
+            raise plain_agent.stranger(str(error)) from None
         return otherwise
 
 

@@ -28,6 +28,7 @@ say so: a lock may take its time, an agent that hangs has none to offer."""
 ATTEMPTS = 4
 """An agent that is ending hangs up on connections it has, then on those that wait to be accepted, then is gone."""
 _RECV_BYTES = 64 << 10
+_NO_ANSWER = "the key agent does not answer: "
 
 
 class NotReached(Exception):
@@ -49,11 +50,24 @@ def ask(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], 
             # It was ending just then: it never took the request, or locked everything before it could say so.
             why = error
     else:
-        raise AgentUnavailable(f"the key agent does not answer: {why}")
+        raise stranger(str(why))
     try:
         return otherwise if result is None else read(result)
     except ProtocolError as error:
-        raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
+        raise stranger(str(error)) from None
+
+
+def stranger(why: str) -> AgentUnavailable:
+    """The error for when nothing came of asking, by what is at the agent's socket now: another program, or nothing.
+
+    `why` is what went wrong. Raises as `agent_process.reached`.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if not agent_process.reached(probe):
+            return AgentUnavailable(f"{_NO_ANSWER}{why}")
+        pid, _ = peer_of(probe)
+    why = why.removeprefix(_NO_ANSWER)
+    return AgentUnavailable(f"process {pid} listens at {paths.agent_socket()}, but not as a key agent does: {why}")
 
 
 def answered(sock: socket.socket, read: Callable[[Mapping[str, Any]], T], otherwise: T) -> T:
@@ -91,7 +105,7 @@ def tell(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]],
         except TimeoutError:
             raise _silent(sock) from None
         except (OSError, EOFError, ProtocolError) as error:
-            raise NotReached(f"the key agent does not answer: {error}") from None
+            raise NotReached(f"{_NO_ANSWER}{error}") from None
         _result(hello)
         sock.settimeout(patience_s)
         try:
@@ -118,8 +132,10 @@ def _ask_once(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:
             answer = _awaited(sock)
         except ConnectionError:
             raise
-        except (OSError, ProtocolError) as error:
-            raise AgentUnavailable(f"the key agent does not answer: {error}") from None
+        except ProtocolError as error:
+            raise stranger(str(error)) from None
+        except OSError as error:
+            raise AgentUnavailable(f"{_NO_ANSWER}{error}") from None
     return _result(answer)
 
 

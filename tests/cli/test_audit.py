@@ -15,10 +15,11 @@ import pytest
 
 from cryptfs import errors, paths
 from cryptfs.agent.audit_log import AuditLog, local_sealing, prepare
-from cryptfs.cli.audit_lines import Filter, Follower, moment
+from cryptfs.cli.audit_lines import Filter, Follower, Shown, moment
 from cryptfs.format.audit import AuditLine, PeerLine
 from cryptfs.keys.clock import SystemClock
 from tests.cli.conftest import PASSPHRASE, Cryptfs
+from tests.conftest import XdgDirs
 
 
 def audit_dir() -> Path:
@@ -131,6 +132,29 @@ def test_follow_shows_lines_as_they_are_written(cryptfs: Cryptfs) -> None:
         assert "detach" not in rest
         assert follow.wait(20) == 130
     assert "Traceback" not in rest
+
+
+def test_follow_misses_nothing_when_files_are_begun_by_size(xdg_dirs: XdgDirs) -> None:
+    where = str(audit_dir())
+    prepare(where)
+    log = AuditLog(
+        os.path.join(where, "agent"), local_sealing(where, os.urandom), os.urandom, SystemClock(), file_bytes=2000
+    )
+    follower = Follower(where)
+    seen: list[Shown] = []
+    for number in range(60):
+        log.append(AuditLine(10 + number, "unlock", "ok").encode())
+        if number % 7 in (0, 1, 5):  # once in the middle of a file, once after several were begun
+            seen += follower.fresh()
+    seen += follower.fresh()
+    log.close()
+    assert [shown.line.time_ns - 10 for shown in seen if shown.line.verb == "unlock"] == list(range(60))
+    assert len({shown.file for shown in seen}) > 5
+
+
+def test_no_time_is_both_after_the_one_and_before_the_other(cryptfs: Cryptfs) -> None:
+    ended = cryptfs.run("audit", "show", "--since", "1h", "--until", "2h", code=errors.UsageError.exit_code)
+    assert "--since is later than --until" in ended.stderr
 
 
 def test_no_log_is_no_failure(cryptfs: Cryptfs) -> None:

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +121,50 @@ def test_another_users_agent_is_told_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with agent_that_says() as heard, pytest.raises(NotPermitted, match="another user"):
         tell()
     assert heard == []
+
+
+@contextmanager
+def another_program(says: bytes) -> Iterator[None]:
+    """Serves the agent's socket, answers whatever it is sent with this, and hangs up."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(paths.agent_socket())
+        listener.listen()
+
+        def serve() -> None:
+            while True:
+                client, _ = listener.accept()
+                with client, suppress(OSError):
+                    if client.recv(1 << 16) == b"end":
+                        return
+                    client.sendall(says)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            with socket.socket(socket.AF_UNIX) as last:
+                last.connect(paths.agent_socket())
+                last.sendall(b"end")
+            thread.join(20)
+
+
+@pytest.mark.parametrize("says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_another_program_on_the_socket_is_named(cryptfs: Cryptfs, vault: Path, says: bytes) -> None:
+    with another_program(says):
+        for words in (["status"], ["lock", "--all"], ["agent", "status"], ["agent", "stop"], ["unlock", vault]):
+            ended = cryptfs.run(*words, passphrase=PASSPHRASE, code=AgentUnavailable.exit_code)
+            assert f"process {os.getpid()} listens at {paths.agent_socket()}" in ended.stderr, words
+            assert "end that process" in ended.stderr, words
+            assert ended.stderr.count("does not answer") == 0, words
+
+
+def test_what_is_no_socket_is_left_alone_and_to_be_moved(cryptfs: Cryptfs, vault: Path) -> None:
+    Path(paths.agent_socket()).write_text("notes")
+    ended = cryptfs.run("unlock", vault, passphrase=PASSPHRASE, code=NotPermitted.exit_code)
+    assert "is no socket" in ended.stderr
+    assert "move it away" in ended.stderr
+    assert Path(paths.agent_socket()).read_text() == "notes"
 
 
 def test_unlock_loads_no_event_loop(cryptfs: Cryptfs, vault: Path, monkeypatch: pytest.MonkeyPatch) -> None:
