@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +25,35 @@ def lock(dir_or_mountpoint: Path | None, *, everything: bool) -> None:
     A live mount stays: what programs wrote is written first, and nothing can be read, listed or written in it until
     `cryptfs unlock`.
     """
+    from cryptfs.cli import lock_first
     from cryptfs.errors import UsageError
 
     if everything == (dir_or_mountpoint is not None):
         raise UsageError("name a volume, or give --all")
-    if dir_or_mountpoint is None:
-        _lock_all()
-    elif not _locked(_volume_id_of(dir_or_mountpoint)):
-        ui.note("it was locked already")
+    mountinfo = lock_first.mountinfo()
+    try:
+        if dir_or_mountpoint is None:
+            _lock_all()
+        elif not _locked(_volume_id_of(dir_or_mountpoint)):
+            ui.note("it was locked already")
+    finally:
+        _warn_of_detached(mountinfo)
+
+
+def _warn_of_detached(mountinfo: bytes) -> None:
+    """A lock takes names away, and with a name what was mounted on it. `mountinfo`: as it was before."""
+    from collections import Counter
+
+    from cryptfs.cli import mounts
+
+    left = mounts.all_mounts()
+    ours = {mount.mountpoint for mount in left if mount.is_ours}
+    for gone in Counter(mounts.parse_mountinfo(os.fsdecode(mountinfo))) - Counter(left):
+        if not ours.isdisjoint(gone.mountpoint.parents):
+            ui.warning(
+                f"{gone.mountpoint} ({gone.fstype}) was unmounted, as it lay inside the mount: "
+                "mount it again after `cryptfs unlock`"
+            )
 
 
 def _lock_all() -> None:

@@ -17,12 +17,14 @@ from cryptfs.errors import CryptfsError
 from cryptfs.format.lock_path import PATH_MAX_BYTES, encode_lock_path
 
 _CONNECT_S = 5.0
+_MOUNTINFO = "/proc/self/mountinfo"
 _sent: socket.socket | None = None
+_mountinfo: bytes | None = None
 
 
 def send(words: Sequence[str]) -> None:
     """Ask the agent, if one runs, to lock what lies at or is mounted on the one path in `words`. Never raises."""
-    global _sent  # noqa: PLW0603  one command line per process, and at most one request ahead of it
+    global _sent, _mountinfo  # noqa: PLW0603  one command line per process, and at most one request ahead of it
     if len(words) != 1 or words[0].startswith("-"):
         return
     path = os.fsencode(os.path.abspath(words[0]))
@@ -32,11 +34,22 @@ def send(words: Sequence[str]) -> None:
     try:
         sock.settimeout(_CONNECT_S)
         paths.connect(sock, paths.agent_socket())
+        _mountinfo = _read_mountinfo()
         sock.sendall(encode_lock_path(path))
     except (OSError, CryptfsError):
         sock.close()
     else:
         _sent = sock
+
+
+def mountinfo() -> bytes:
+    """/proc/self/mountinfo, as it was before anything was sent, or is now if nothing was. Raises OSError."""
+    return _mountinfo if _mountinfo is not None else _read_mountinfo()
+
+
+def _read_mountinfo() -> bytes:
+    with open(_MOUNTINFO, "rb") as file:
+        return file.read()
 
 
 def pending() -> socket.socket | None:

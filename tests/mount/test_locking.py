@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cryptfs.cli.mounts import wait_until
+from cryptfs.cli.mounts import mount_at, wait_until
 from tests.mount.box import Box
 from tests.mount.syscalls import refused
 from tests.mount.test_ending import state_of
@@ -31,6 +31,29 @@ CONTENT = bytes(range(256)) * 16 * 64
 def locked(call: Callable[[], object]) -> None:
     with refused(errno.ENOKEY):
         call()
+
+
+@pytest.mark.parametrize("how", ["path", "all"])
+def test_what_was_mounted_inside_is_unmounted_and_named(root: None, box: Box, how: str) -> None:
+    box.mount()
+    deep, bound, outside = box.clear / "a" / "b c", box.clear / "bound", box.root / "outside"
+    for place in (deep, bound, outside):
+        place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "small", deep], check=True)
+    subprocess.run(["mount", "--bind", outside, bound], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "small", outside], check=True)
+    try:
+        said = box.run("lock", "--all" if how == "all" else box.clear).stderr
+        assert f"warning: {deep} (tmpfs) was unmounted" in said
+        assert f"warning: {bound} (" in said
+        assert said.count("was unmounted") == 2, said
+        assert mount_at(deep) is mount_at(bound) is None
+        assert mount_at(outside) is not None
+        box.unlock()
+        assert os.listdir(deep) == []
+        assert "unmounted" not in box.run("lock", box.clear).stderr
+    finally:
+        subprocess.run(["umount", outside], check=True)
 
 
 MAPPED = """
