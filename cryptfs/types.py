@@ -59,6 +59,7 @@ class Purpose(enum.StrEnum):
     LOG_AUDIT = "log-audit"
     NAMES = "names"
     VOLUME = "volume"
+    STATE = "state"
     VOLUME_MAC = "volume-mac"
     SHRED = "shred"
 

@@ -157,10 +157,11 @@ class Secret:
 
     kind: str
     secret: bytes = field(repr=False)
+    shred: bytes | None = field(default=None, repr=False)
 
 
-def root_key_keks(protector: dict[str, Any], volume_id: bytes, secret: bytes) -> dict[int, bytes] | None:
-    """The KEKs behind a protector, or None if it does not open with `secret`."""
+def sealed_keks(protector: dict[str, Any], volume_id: bytes, secret: bytes) -> dict[int, bytes] | None:
+    """The sealed KEKs behind a protector, or None if it does not open with `secret`."""
     root = AESGCM(root_key(protector["kind"], protector["params"], secret))
     keks = {}
     for version, wrapped in protector["keks"]:
@@ -170,6 +171,19 @@ def root_key_keks(protector: dict[str, Any], volume_id: bytes, secret: bytes) ->
         except InvalidTag:
             return None
     return keks
+
+
+def unsealed(
+    sealed: dict[int, bytes], volume_id: bytes, shred: dict[str, Any], secret: bytes | None
+) -> dict[int, bytes]:
+    """The KEKs, which a shred secret (32 bytes) wraps besides (§3)."""
+    if secret is None:
+        sys.exit(f"error: the volume has a shred secret (kind {shred['kind']}): give it as --shred-keyfile")
+    check = hmac.digest(secret, b"cryptfs/1/shred-check\0" + volume_id, "sha256")[:16]
+    if len(secret) != 32 or not same(check, shred["check"]):
+        sys.exit("error: this is not the volume's shred secret")
+    keys = Keys(volume_id, dict.fromkeys(sealed, secret))
+    return {version: keys.unwrap("shred", NO_ID, version, wrapped) for version, wrapped in sealed.items()}
 
 
 VOLUME_KEYS = ["block_size", "created_s", "features", "kek_version", "policy", "protectors"]
@@ -185,17 +199,17 @@ def read_volume(raw: bytes, given: Secret) -> tuple[Keys, bytes]:
     body = unpack(raw[16:-32])
     check(isinstance(body, dict) and sorted(body) == VOLUME_KEYS, "volume file's keys")
     check(body["features"] in ([], ["domains"]), f"features {body['features']}")
-    if body["shred"] is not None:
-        sys.exit("error: the volume has a shred secret, which this program does not know how to ask for")
     size = body["block_size"]
     check(is_int(size, 4096, 1 << 20) and size & (size - 1) == 0, "block size")
     check(len(body["volume_id"]) == len(body["root_dir_id"]) == 16, "ids")
     candidates = (
-        root_key_keks(p, body["volume_id"], given.secret) for p in body["protectors"] if p["kind"] == given.kind
+        sealed_keks(p, body["volume_id"], given.secret) for p in body["protectors"] if p["kind"] == given.kind
     )
     keks = next((found for found in candidates if found is not None), None)
     if keks is None:
         sys.exit(f"error: no protector opens with this {given.kind}")
+    if body["shred"] is not None:
+        keks = unsealed(keks, body["volume_id"], body["shred"], given.shred)
     keys = Keys(body["volume_id"], keks)
     keys.block_size = size
     mac_key = keys.wrapping_key("volume-mac", NO_ID, body["kek_version"])
@@ -226,11 +240,15 @@ def read_state(raw: bytes, keys: Keys) -> Unclean:
     for slot in (raw[:512], raw[512:1024]):
         if len(slot) != 512 or slot[:8] != b"CFSTATE1":
             continue
-        if not same(slot[480:], hmac.digest(keys.volume_key, keys.volume_id + slot[:480], "sha256")):
+        try:
+            key = keys.unwrap("state", NO_ID, *struct.unpack_from(">I40s", slot, 424))
+        except Damaged:
+            continue
+        if not same(slot[480:], hmac.digest(key, keys.volume_id + slot[:480], "sha256")):
             continue
         sequence, epoch, clean, count, zero = struct.unpack_from(">QIBBH", slot, 8)
         check(epoch < 1 << 24 and clean <= 1 and count <= 50 and zero == 0, "state's fields")
-        check(not any(slot[24 + 8 * count : 480]), "state's padding")
+        check(not any(slot[24 + 8 * count : 424] + slot[468:480]), "state's padding")
         numbers = struct.unpack_from(f">{2 * count}I", slot, 24)
         ranges = list(zip(numbers[::2], numbers[1::2], strict=True))
         slots.append((sequence, [*ranges, (epoch, epoch)] if not clean else ranges))
@@ -809,15 +827,16 @@ def set_attributes(dest_fd: int, name: bytes, info: os.stat_result, xattrs: byte
 
 def read_secret(args: argparse.Namespace) -> Secret:
     """What the options name."""
+    shred = args.shred_keyfile.read_bytes() if args.shred_keyfile else None
     if args.keyfile:
-        return Secret("keyfile", args.keyfile.read_bytes())
+        return Secret("keyfile", args.keyfile.read_bytes(), shred)
     if args.recovery_file:
         lines = args.recovery_file.read_text().splitlines()
         try:
-            return Secret("recovery", recovery_key("".join(line for line in lines if not line.startswith("#"))))
+            return Secret("recovery", recovery_key("".join(line for line in lines if not line.startswith("#"))), shred)
         except Damaged as error:
             sys.exit(f"error: {error}")
-    return Secret("passphrase", read_passphrase(args.passfile))
+    return Secret("passphrase", read_passphrase(args.passfile), shred)
 
 
 def read_passphrase(passfile: Path | None) -> bytes:
@@ -834,6 +853,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--passfile", type=Path, help="file that holds the passphrase; asked for if missing")
     parser.add_argument("--keyfile", type=Path, help="a key file instead")
     parser.add_argument("--recovery-file", type=Path, help="file that holds a recovery key instead")
+    parser.add_argument("--shred-keyfile", type=Path, help="file that holds the volume's shred secret, if it has one")
     args = parser.parse_args(argv)
     if args.list == (args.dest is not None):
         parser.error("give either DEST or --list")

@@ -1,4 +1,7 @@
-"""The `state` file: two slots that say which mount epoch this is and which epochs ended uncleanly (FORMAT.md §4)."""
+"""The `state` file: two slots that say which mount epoch this is and which epochs ended uncleanly (FORMAT.md §4).
+
+Each slot has a key of its own, as a sealed log has: whoever holds no KEK that the volume still has makes no slot.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import struct
 from dataclasses import dataclass, replace
 
 from cryptfs.errors import VolumeDamaged
-from cryptfs.types import EPOCH_MAX
+from cryptfs.types import EPOCH_MAX, WRAPPED_BYTES
 
 SLOT_BYTES = 512
 SIGNED_BYTES = 480
@@ -16,6 +19,8 @@ RANGES_MAX = 50
 _MAGIC = b"CFSTATE1"
 _FIXED = struct.Struct(">8sQIBB2x")
 _RANGE = struct.Struct(">II")
+_KEY = struct.Struct(f">I{WRAPPED_BYTES}s12x")
+_KEY_AT = SIGNED_BYTES - _KEY.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +47,6 @@ class State:
         """What a clean unmount writes."""
         return replace(self, sequence=self.sequence + 1, clean=True)
 
-    def signed(self) -> bytes:
-        """The 480 bytes under the MAC."""
-        head = _FIXED.pack(_MAGIC, self.sequence, self.epoch, self.clean, len(self.unclean))
-        return (head + b"".join(_RANGE.pack(*r) for r in self.unclean)).ljust(SIGNED_BYTES, b"\0")
-
     @property
     def slot(self) -> int:
         """Which slot (0 or 1) this state is written to: never the one that holds its predecessor."""
@@ -64,18 +64,36 @@ def _add(ranges: tuple[tuple[int, int], ...], epoch: int) -> tuple[tuple[int, in
     return tuple(out)
 
 
-def decode_slot(data: bytes) -> tuple[State, bytes] | None:
-    """(state, its MAC) from 512 bytes, or None if this was never a slot of ours (torn, zeroed, edited)."""
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """512 bytes: a state, and the key that it is authenticated under, wrapped (40 bytes) under KEK `kek_version`."""
+
+    state: State
+    kek_version: int
+    wrapped: bytes
+    mac: bytes = b""
+
+    def signed(self) -> bytes:
+        """The 480 bytes under the MAC."""
+        state = self.state
+        head = _FIXED.pack(_MAGIC, state.sequence, state.epoch, state.clean, len(state.unclean))
+        ranges = b"".join(_RANGE.pack(*r) for r in state.unclean)
+        return (head + ranges).ljust(_KEY_AT, b"\0") + _KEY.pack(self.kek_version, self.wrapped)
+
+
+def decode_slot(data: bytes) -> Slot | None:
+    """A slot from 512 bytes, or None if this was never one of ours (torn, zeroed, edited)."""
     if len(data) != SLOT_BYTES:
         return None
     magic, sequence, epoch, clean, count = _FIXED.unpack_from(data)
     if magic != _MAGIC or clean > 1 or count > RANGES_MAX or epoch > EPOCH_MAX:
         return None
     ranges = tuple(_RANGE.unpack_from(data, _FIXED.size + i * _RANGE.size) for i in range(count))
-    state = State(sequence, epoch, bool(clean), ranges)
+    kek_version, wrapped = _KEY.unpack_from(data, _KEY_AT)
+    slot = Slot(State(sequence, epoch, bool(clean), ranges), kek_version, wrapped, data[SIGNED_BYTES:])
     ascending = all(first <= last for first, last in ranges) and all(
         a[1] + 1 < b[0] for a, b in itertools.pairwise(ranges)
     )
-    if not ascending or state.signed() != data[:SIGNED_BYTES]:
+    if not ascending or not kek_version or slot.signed() != data[:SIGNED_BYTES]:
         return None
-    return state, data[SIGNED_BYTES:]
+    return slot

@@ -9,7 +9,8 @@ module finds all of them:
 2. The tree is walked from the root. What gets another name meanwhile is told by `Namespace.on_arrival`, so that
    nothing slips from where the walk has not been to where it has.
 3. Files that are open and have no name any more, and what the kernel can still open without one.
-4. Everything is synced, then `sidecars/` is looked through once more.
+4. `state` is written anew, under a new key (`epoch.reseal`).
+5. Everything is synced, then `sidecars/` is looked through once more.
 
 Each log is one replacement (`SealedLog.rewrite`): a crash between any two calls leaves the old log, perhaps with a
 stray `.new` beside it, or the new one. Both are whole, and say the same. What is done is told by the logs' own KEK
@@ -31,6 +32,7 @@ from cryptfs.errors import CryptfsError, Damaged
 from cryptfs.format.dirlog import Entry
 from cryptfs.fs.context import log
 from cryptfs.fs.directory import DirNode, pinned
+from cryptfs.fs.epoch import reseal
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.older import SIDECAR_DIRS, older, sidecar_ids
 from cryptfs.fs.pace import Pace, Turn
@@ -106,6 +108,7 @@ class Rotation:
             needing = await self._scan(deep=False)
             self._expected = self._done + len(needing)
             await self._everything(needing)
+            await reseal(self._ctx)
             await self._look_again()
         finally:
             names.on_arrival = None

@@ -10,7 +10,7 @@ import trio
 from cryptfs.errors import CryptfsError, Damaged, RolledBack, VolumeBusy, VolumeDamaged
 from cryptfs.format.log import HEADER_BYTES
 from cryptfs.fs.context import FsContext, VolumeConfig, log, open_ours
-from cryptfs.fs.epoch import read_state, sign_state, write_slot, write_state
+from cryptfs.fs.epoch import read_state, sign_states, write_slot
 from cryptfs.fs.files import Files
 from cryptfs.fs.inodes import ROOT_INO, Inode, InodeTable
 from cryptfs.fs.namespace import Namespace
@@ -150,10 +150,8 @@ async def open_volume(
         store.lock()
     except BlockingIOError:
         raise VolumeBusy("the volume is mounted or being changed by another process") from None
-    volume_key = bytearray()
     try:
-        volume_key = bytearray(await ctx.volume_key())  # outlives awaits, and with them the cache's
-        state = read_state(store, config.volume_id, volume_key)
+        state = await read_state(store, keys, config.volume_id)
         _open_directories(ctx)
         _check_newest(ctx)
         if await keys.begin(state.sequence):
@@ -164,8 +162,8 @@ async def open_volume(
         else:
             await ctx.sync_everything()
             ctx.state = state.next_epoch()
-            ctx.farewell = sign_state(config.volume_id, volume_key, ctx.state.ended())
-            await ctx.in_thread(write_state, store, config.volume_id, volume_key, ctx.state)
+            begun, ctx.farewell = await sign_states(keys, config.volume_id, ctx.state, ctx.state.ended())
+            await ctx.in_thread(write_slot, store, ctx.state, begun)
             # Only now: what is recorded before it is durable, a power cut turns into an alarm.
             await keys.record({}, (), ctx.state.sequence)
             await ctx.in_thread(_empty_tmp, ctx)
@@ -174,8 +172,6 @@ async def open_volume(
     except BaseException:
         ctx.close()
         raise
-    finally:
-        volume_key[:] = bytes(len(volume_key))
     return Volume(ctx, root_ino)
 
 

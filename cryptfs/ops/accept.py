@@ -22,7 +22,7 @@ from cryptfs.format.dirlog import Entry
 from cryptfs.format.state import State
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.directory import DirNode
-from cryptfs.fs.epoch import read_state, write_state
+from cryptfs.fs.epoch import read_state, sign_states, write_slot
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.symlink import read_target
 from cryptfs.fs.volume import Volume
@@ -263,11 +263,11 @@ async def accept_volume(access: Access, tell: Callable[[int], Awaitable[tuple[in
             raise VolumeBusy("the volume is mounted or being changed by another process") from None
         # What is recorded must be durable: see `fs.freshness`.
         await ctx.sync_everything()
-        volume_id, volume_key = access.config.volume_id, bytes(await ctx.volume_key())
-        state = read_state(store, volume_id, volume_key)
+        state = await read_state(store, access.keys, access.config.volume_id)
         sequence, epoch = await tell(state.sequence)
         now = rebased(state, sequence, epoch)
-        await ctx.in_thread(write_state, store, volume_id, volume_key, now)
+        (slot,) = await sign_states(access.keys, access.config.volume_id, now)
+        await ctx.in_thread(write_slot, store, now, slot)
         await access.keys.record({}, (), now.sequence)
         return now
     finally:

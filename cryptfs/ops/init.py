@@ -13,7 +13,7 @@ from cryptfs.format.state import SLOT_BYTES, State
 from cryptfs.format.volume import parse_volume
 from cryptfs.fs.context import FsContext, VolumeConfig, write_all
 from cryptfs.fs.directory import DirNode
-from cryptfs.fs.epoch import STATE, write_state
+from cryptfs.fs.epoch import STATE, sign_states, write_slot
 from cryptfs.fs.newborn import kit_for
 from cryptfs.ports import Clock, DekProvider, Random, Store
 
@@ -53,9 +53,9 @@ async def create_volume(
         kit = await kit_for(ctx, config.root_dir_id)
         tree = store.open(root, b"tree", os.O_RDONLY | os.O_DIRECTORY)
         DirNode.create(ctx, tree, kit).close()
-        volume_key = bytes(await ctx.volume_key())
-        for state in (State(sequence=0, epoch=0, clean=True), ctx.state):
-            write_state(store, config.volume_id, volume_key, state)
+        states = State(sequence=0, epoch=0, clean=True), ctx.state
+        for state, slot in zip(states, await sign_states(keys, config.volume_id, *states), strict=True):
+            write_slot(store, state, slot)
         assert store.lstat(root, STATE).st_size == 2 * SLOT_BYTES
         fd = store.open(root, b"volume.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:

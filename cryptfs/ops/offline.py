@@ -96,12 +96,7 @@ async def shut(access: Access, looking: Looking) -> bool:
 
 
 async def _was_left_clean(access: Access, store: Store) -> bool:
-    ctx = FsContext(access.config, store, access.keys, access.clock, access.random, read_only=True)
-    try:
-        state = read_state(store, access.config.volume_id, bytes(await ctx.volume_key()))
-    finally:
-        ctx.close()
-    return state.clean
+    return (await read_state(store, access.keys, access.config.volume_id)).clean
 
 
 def _tmp_names(store: Store) -> list[bytes]:
@@ -115,7 +110,7 @@ def _tmp_names(store: Store) -> list[bytes]:
 async def _open_live(access: Access, store: Store) -> Volume:
     ctx = FsContext(access.config, store, access.keys, access.clock, access.random, read_only=True)
     try:
-        ctx.state = read_state(store, access.config.volume_id, bytes(await ctx.volume_key()))
+        ctx.state = await read_state(store, access.keys, access.config.volume_id)
         for first in range(256):
             ctx.sidecar_dir(bytes([first]))
     except BaseException:

@@ -165,7 +165,7 @@ async def test_the_whole_volume(vault: Seen, tmp_path: Path) -> None:
     state = await accept_volume(access, tell)
     assert state.sequence > seen_before
     vault.tree.store = LocalStore(vault.root)
-    assert read_state(vault.tree.store, vault.tree.sample.volume_id, await _volume_key(vault)) == state
+    assert await read_state(vault.tree.store, vault.tree.sample.keys(), vault.tree.sample.volume_id) == state
     await vault.mount()
     assert vault.tree.volume.ctx.state is not None
     assert vault.tree.volume.ctx.state.epoch == state.epoch + 1
@@ -177,15 +177,6 @@ async def test_the_whole_volume(vault: Seen, tmp_path: Path) -> None:
     with pytest.raises(RolledBack):
         await vault.mount()
     vault.tree.store.close_store()
-
-
-async def _volume_key(vault: Seen) -> bytes:
-    from cryptfs.ports import KeyRun
-    from cryptfs.types import Purpose
-
-    config = vault.tree.sample.config
-    run = KeyRun(bytes(16), Purpose.VOLUME, config.volume_key_kek, (config.volume_key_wrapped,))
-    return bytes((await vault.tree.sample.keys().unwrap([run]))[0][0])
 
 
 @pytest.mark.parametrize("sequence", [0, 7, 8, 9])

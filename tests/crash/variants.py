@@ -7,12 +7,13 @@ from __future__ import annotations
 
 # ruff: noqa: ANN401 - what is replaced takes what it takes
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 from cryptfs.blocks.extents import HOME_DATA
+from cryptfs.format.state import State
 from cryptfs.fs import epoch, volume
 from cryptfs.fs.context import FsContext
 from cryptfs.fs.file import FileNode
@@ -70,14 +71,14 @@ def no_mount_sync() -> Iterator[None]:
 @contextmanager
 def epoch_not_durable() -> Iterator[None]:
     """A mount writes in an epoch that a power cut takes back."""
-    write_state = epoch.write_state
+    write_slot = epoch.write_slot
 
-    def unsynced(store: Store, *args: Any) -> None:
+    def unsynced(store: Store, state: State, slot: bytes) -> None:
         assert isinstance(store, MemoryStore)
-        with mock.patch.object(store, "fdatasync"):
-            write_state(store, *args)
+        with nullcontext() if state.clean else mock.patch.object(store, "fdatasync"):
+            write_slot(store, state, slot)
 
-    with patched((volume, "write_state", unsynced)):
+    with patched((volume, "write_slot", unsynced)):
         yield
 
 

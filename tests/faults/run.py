@@ -12,7 +12,6 @@ from cryptfs.fs.epoch import read_state
 from cryptfs.store.disk_model import Order
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.volumes import SampleVolume
-from cryptfs.types import Purpose
 from tests.crash.machine import new_volume
 from tests.faults.driver import Driver
 from tests.faults.faulty import Faults
@@ -150,9 +149,7 @@ class Run:
 
     async def check_left(self, *, clean: bool) -> None:
         sample = self.driver.sample
-        key = sample.kek.unwrap(bytes(16), Purpose.VOLUME, 1, sample.config.volume_key_wrapped)
-        assert key is not None
-        state = read_state(self.store, sample.volume_id, key)
+        state = await read_state(self.store, sample.keys(), sample.volume_id)
         assert (state.clean, state.unclean) == (clean, ())
         self.driver = await Driver.mount(self.store, sample)
         await self.compare("after a remount")

@@ -9,6 +9,7 @@ from pathlib import Path
 from cryptfs.format.log import HEADER_BYTES, decode_header
 from cryptfs.fs.pace import Pace
 from cryptfs.fs.rotation import Rotation
+from cryptfs.ports import Store
 from cryptfs.store.local import LocalStore
 from cryptfs.testing.keys import FakeDekProvider
 from tests.fs.tree import Tree
@@ -100,6 +101,15 @@ def forget_keys(tree: Tree) -> None:
     """As if the max age were over."""
     assert isinstance(tree.volume.ctx.keys, FakeDekProvider)
     tree.volume.ctx.keys.wipe()
+
+
+def read_own(store: Store, name: bytes) -> bytes:
+    """A file of the volume's own, whole."""
+    fd = store.open(store.root(), name, os.O_RDONLY)
+    try:
+        return store.pread(fd, 1 << 20, 0)
+    finally:
+        store.close(fd)
 
 
 def versions(tree: Tree) -> set[int]:

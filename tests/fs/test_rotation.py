@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from dataclasses import replace
 
 import pytest
 import trio
 import trio.testing
 
+from cryptfs.errors import VolumeDamaged
+from cryptfs.format.state import SLOT_BYTES, State, decode_slot
+from cryptfs.fs import epoch
 from cryptfs.fs.context import sidecar_name, write_all
+from cryptfs.fs.epoch import STATE, read_state, sign_states, write_slot
 from cryptfs.fs.pace import Pace
 from cryptfs.fs.rewrapping import KEYS_AT_ONCE
 from cryptfs.fs.rotation import Progress, Rotation
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.policy import CachePolicy
 from cryptfs.names import tree_name
-from cryptfs.ports import RENAME_EXCHANGE
+from cryptfs.ports import RENAME_EXCHANGE, Store
 from cryptfs.store.local import LocalStore
 from cryptfs.testing.fleeting import FleetingKeys, expiring
 from cryptfs.testing.freshness import FakeRecord
 from cryptfs.testing.keys import FakeDekProvider, FakeUpstream
 from cryptfs.types import Kind
-from tests.fs.rotating import BLOCK, data_files, forget_keys, look, populate, rotated, versions
+from tests.fs.rotating import BLOCK, data_files, forget_keys, look, populate, read_own, rotated, versions
 from tests.fs.tree import Tree, damage_of
 
 
@@ -75,6 +81,57 @@ async def test_what_changes_afterwards_is_under_the_new_kek(tree: Tree) -> None:
     await tree.remount()
     assert versions(tree) == {2}
     assert await tree.read(b"d/e/deep") == files[b"d/e/deep"] + b"more"
+
+
+async def test_who_has_the_old_kek_makes_no_state(tree: Tree) -> None:
+    """Nor does a copy of an older one count any more, whatever its sequence number says."""
+    files = await populate(tree)
+    state = tree.volume.ctx.state
+    assert state is not None
+    forged = State(state.sequence + 100, state.epoch, clean=False, unclean=((1, state.epoch - 1),) * (state.epoch > 1))
+    forged = replace(forged, sequence=forged.sequence + forged.slot)
+    (by_old_kek,) = await sign_states(tree.volume.ctx.keys, tree.sample.volume_id, forged)
+    old = read_own(tree.store, STATE)
+    await rotated(tree)
+    now = tree.volume.ctx.state
+    assert now is not None
+    assert (now.epoch, now.clean, now.unclean) == (state.epoch, False, state.unclean)
+    slots = [decode_slot(read_own(tree.store, STATE)[at : at + SLOT_BYTES]) for at in (0, SLOT_BYTES)]
+    assert [slot.kek_version for slot in slots if slot is not None] == [2, 2]
+    write_slot(tree.store, forged, by_old_kek)
+    read = await read_state(tree.store, tree.sample.keys(), tree.sample.volume_id)
+    assert replace(read, sequence=now.sequence) == now, "the other slot says the same"
+    write_slot(tree.store, replace(forged, sequence=forged.sequence + 1), old[SLOT_BYTES:])
+    with pytest.raises(VolumeDamaged):
+        await read_state(tree.store, tree.sample.keys(), tree.sample.volume_id)
+    await tree.remount()
+    await look(tree, files)
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+async def test_a_rotation_that_cannot_write_the_state_leaves_cleanly(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    files = await populate(tree)
+    written: list[State] = []
+
+    def failing(store: Store, state: State, slot: bytes) -> None:
+        written.append(state)
+        if len(written) == fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write_slot(store, state, slot)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epoch, "write_slot", failing)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            await rotated(tree)
+    await tree.remount()
+    assert tree.volume.ctx.state is not None
+    assert tree.volume.ctx.state.unclean == ()
+    await look(tree, files)
+    await rotated(tree)
+    await tree.remount()
+    await look(tree, files)
 
 
 async def test_with_keys_that_expire_at_any_await(tree: Tree) -> None:

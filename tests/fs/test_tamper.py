@@ -16,7 +16,7 @@ from cryptfs.errors import Damaged, VolumeDamaged
 from cryptfs.format.datafile import HEADER_BYTES
 from cryptfs.fs.epoch import read_state
 from cryptfs.store.local import LocalStore
-from cryptfs.types import Purpose
+from cryptfs.testing.volumes import SampleVolume
 from tests.fs.tree import Tree, damage_of
 
 BLOCK = 4096
@@ -490,12 +490,10 @@ async def test_the_state_of_another_volume_is_refused(cipher: Cipher, tmp_path_f
     await other.finish()
     store.close_store()
     sample = cipher.tree.sample
-    key = sample.kek.unwrap(bytes(16), Purpose.VOLUME, 1, sample.config.volume_key_wrapped)
-    assert key is not None
-    assert read_state(cipher.tree.store, sample.volume_id, key).clean
+    assert (await read_state(cipher.tree.store, sample.keys(), sample.volume_id)).clean
     shutil.copyfile(elsewhere / "state", cipher.root / "state")
     # The same seed makes the same secrets: only the id that is asked for differs.
     with pytest.raises(VolumeDamaged):
-        read_state(cipher.tree.store, bytes(16), key)
+        await read_state(cipher.tree.store, sample.keys(), bytes(16))
     with pytest.raises(VolumeDamaged):
-        read_state(cipher.tree.store, sample.volume_id, bytes(32))
+        await read_state(cipher.tree.store, SampleVolume(seed=2).keys(), sample.volume_id)

@@ -34,7 +34,7 @@ from cryptfs.format.log import (
     encode_foot,
 )
 from cryptfs.format.sidecar import Run, Sealed, SidecarPayload, decode_sidecar
-from cryptfs.format.state import State, decode_slot
+from cryptfs.format.state import Slot, State, decode_slot
 from cryptfs.format.volume import Protector, Volume, WrappedKey, encode_volume, parse_passphrase, parse_volume
 from cryptfs.fs.history import build_map
 from cryptfs.fs.sealed_log import parse
@@ -189,7 +189,7 @@ TARGETS = [
     Target("audit line", _audit_line, [line.encode() for line in AUDIT_LINES], (Damaged,)),
     Target("audit file", _audit_file, [AUDIT_LOG], (Damaged,)),
     Target("volume", _parse_volume, [_volume()], (VolumeDamaged, UnsupportedFormat), msgpack_at=16),
-    Target("state", decode_slot, [state.signed() + bytes(32) for state in STATES], ()),
+    Target("state", decode_slot, [Slot(state, 1, bytes(40)).signed() + bytes(32) for state in STATES], ()),
     Target("log header", decode_header, [FILE_LOG.encode(), DIR_LOG.encode()], (Damaged,)),
     Target("frame head", decode_head, [HEAD.signed() + HEAD.mac], (Damaged,)),
     Target("sidecar payload", lambda data: decode_sidecar(data, BLOCK), [s.encode() for s in SIDECARS], (Damaged,), 0),

@@ -30,7 +30,7 @@ def state_of(vault: Path) -> State:
     """The newer slot (not authenticated here)."""
     raw = (vault / "state").read_bytes()
     slots = [decode_slot(raw[at : at + SLOT_BYTES]) for at in (0, SLOT_BYTES)]
-    return max((slot[0] for slot in slots if slot is not None), key=lambda state: state.sequence)
+    return max((slot.state for slot in slots if slot is not None), key=lambda state: state.sequence)
 
 
 def umount(box: Box) -> None:

@@ -34,7 +34,6 @@ from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.clock import FakeClock
 from cryptfs.testing.keys import FakeKek, FakeUpstream
 from cryptfs.testing.volumes import SampleVolume
-from cryptfs.types import Purpose
 
 T = TypeVar("T")
 
@@ -303,16 +302,9 @@ class FileMachine(RuleBasedStateMachine):
         tmp = store.open(store.root(), b"tmp", 0)
         assert store.listdir(tmp) == []
         store.close(tmp)
-        state = read_state(store, self.sample.volume_id, self.volume_key)
+        state = trio.run(read_state, store, self.sample.keys(), self.sample.volume_id)
         assert state.clean
         assert state.unclean == ()
-
-    @property
-    def volume_key(self) -> bytes:
-        config = self.sample.config
-        key = self.sample.kek.unwrap(bytes(16), Purpose.VOLUME, config.volume_key_kek, config.volume_key_wrapped)
-        assert key is not None
-        return key
 
     def teardown(self) -> None:
         if self.opened:

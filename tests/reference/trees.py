@@ -55,7 +55,9 @@ def describe(top: Path) -> dict[str, Entry]:
     return dict(sorted(out.items()))
 
 
-def reference_decrypt(vault: Path, dest: Path, passphrase: bytes) -> subprocess.CompletedProcess[str]:
+def reference_decrypt(
+    vault: Path, dest: Path, passphrase: bytes, *options: str | Path
+) -> subprocess.CompletedProcess[str]:
     """Run the reference decryptor on `vault`; its output and exit status are the caller's to judge."""
     read_end, write_end = os.pipe()
     os.write(write_end, passphrase + b"\n")
@@ -64,7 +66,7 @@ def reference_decrypt(vault: Path, dest: Path, passphrase: bytes) -> subprocess.
         return subprocess.run(
             [
                 sys.executable, ROOT / "scripts/reference_decrypt.py", vault, dest,
-                "--passfile", f"/proc/self/fd/{read_end}",
+                "--passfile", f"/proc/self/fd/{read_end}", *options,
             ],
             pass_fds=[read_end], capture_output=True, text=True, errors="replace", check=False, timeout=120,
         )  # fmt: skip

@@ -12,11 +12,9 @@ from cryptfs.crypto.secret import Secret
 from cryptfs.errors import UnsupportedFormat, VolumeDamaged
 from cryptfs.format.state import SLOT_BYTES, State
 from cryptfs.format.volume import Volume, parse_volume
-from cryptfs.fs.epoch import read_state, write_state
+from cryptfs.fs.epoch import read_state, sign_states, write_slot
 from cryptfs.store.local import LocalStore
 from cryptfs.testing.volumes import SampleVolume
-
-VOLUME_KEY = bytes(range(32))
 
 
 def open_volume_file(sample: SampleVolume, data: bytes) -> Volume:
@@ -63,24 +61,25 @@ def test_another_volumes_file_is_refused() -> None:
         open_volume_file(sample, other.volume_file.replace(other.volume_id, sample.volume_id))
 
 
-def test_no_change_of_the_state_says_anything_but_what_a_slot_said(tmp_path: Path) -> None:
+async def test_no_change_of_the_state_says_anything_but_what_a_slot_said(tmp_path: Path) -> None:
     """Each slot counts or does not. That the older one does is for the freshness record to find."""
-    volume_id = b"v" * 16
+    sample = SampleVolume()
     older = State(sequence=6, epoch=3, clean=False, unclean=((1, 1),))
     newest = older.ended()
     store = LocalStore(tmp_path)
+    keys = sample.keys()
     try:
         for state in (older, newest):
-            write_state(store, volume_id, VOLUME_KEY, state)
+            write_slot(store, state, *await sign_states(keys, sample.volume_id, state))
         path = tmp_path / "state"
         raw = path.read_bytes()
         assert len(raw) == 2 * SLOT_BYTES
-        assert read_state(store, volume_id, VOLUME_KEY) == newest
+        assert await read_state(store, keys, sample.volume_id) == newest
         said = set()
         for data in [*variants(raw, random.Random(2)), raw[SLOT_BYTES:] + raw[:SLOT_BYTES], raw[:SLOT_BYTES] * 2]:
             path.write_bytes(data)
             try:
-                state = read_state(store, volume_id, VOLUME_KEY)
+                state = await read_state(store, keys, sample.volume_id)
             except VolumeDamaged:
                 said.add("refused")
                 continue
@@ -88,8 +87,33 @@ def test_no_change_of_the_state_says_anything_but_what_a_slot_said(tmp_path: Pat
             said.add("newest" if state == newest else "older")
         assert said == {"refused", "newest", "older"}
         path.write_bytes(raw)
-        for key, other_id in ((bytes(32), volume_id), (VOLUME_KEY, b"w" * 16)):
-            with pytest.raises(VolumeDamaged):
-                read_state(store, other_id, key)
+        with pytest.raises(VolumeDamaged):
+            await read_state(store, keys, b"w" * 16)
+        with pytest.raises(VolumeDamaged):
+            await read_state(store, SampleVolume(seed=2).keys(), sample.volume_id)
+    finally:
+        store.close_store()
+
+
+async def test_the_key_of_one_slot_is_no_other_slots_key(tmp_path: Path) -> None:
+    """Nor does a slot count whose KEK the volume does not have any more."""
+    sample = SampleVolume()
+    older = State(sequence=6, epoch=3, clean=False)
+    newest = older.ended()
+    store = LocalStore(tmp_path)
+    keys = sample.keys()
+    try:
+        (first,) = await sign_states(keys, sample.volume_id, older)
+        sample.kek.rotate()
+        (second,) = await sign_states(keys, sample.volume_id, newest)
+        write_slot(store, older, first)
+        write_slot(store, newest, second[:424] + first[424:468] + second[468:])
+        assert await read_state(store, keys, sample.volume_id) == older
+        write_slot(store, newest, second)
+        assert await read_state(store, keys, sample.volume_id) == newest
+        sample.kek.destroy_older()
+        write_slot(store, newest, bytes(SLOT_BYTES))
+        with pytest.raises(VolumeDamaged):
+            await read_state(store, sample.keys(), sample.volume_id)
     finally:
         store.close_store()

@@ -7,10 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cryptfs.errors import VolumeDamaged
-from cryptfs.format.state import RANGES_MAX, SIGNED_BYTES, SLOT_BYTES, State, decode_slot
+from cryptfs.format.state import RANGES_MAX, SIGNED_BYTES, SLOT_BYTES, Slot, State, decode_slot
 from cryptfs.types import EPOCH_MAX
 
 MAC = b"m" * 32
+WRAPPED = b"w" * 40
+
+
+def slot_of(state: State, kek_version: int = 7) -> Slot:
+    return Slot(state, kek_version, WRAPPED, MAC)
+
+
+def encoded(slot: Slot) -> bytes:
+    return slot.signed() + slot.mac
 
 
 @st.composite
@@ -30,20 +39,20 @@ states = st.builds(State, st.integers(0, 2**64 - 1), st.integers(0, EPOCH_MAX), 
 
 @given(states)
 def test_a_slot_comes_back(state: State) -> None:
-    data = state.signed() + MAC
+    data = encoded(slot_of(state))
     assert len(data) == SLOT_BYTES
-    assert decode_slot(data) == (state, MAC)
+    assert decode_slot(data) == slot_of(state)
 
 
 def test_a_slot_is_the_formats_bytes() -> None:
     state = State(2, 3, True, ((1, 1),))
     expected = b"CFSTATE1" + bytes(7) + b"\2" + b"\0\0\0\3" + b"\1\1\0\0" + b"\0\0\0\1\0\0\0\1"
-    assert state.signed() == expected.ljust(SIGNED_BYTES, b"\0")
+    assert slot_of(state).signed() == expected.ljust(424, b"\0") + b"\0\0\0\7" + WRAPPED + bytes(12)
 
 
-@pytest.mark.parametrize("at", [*range(8), 20, 21, 22, 23, *range(32, SIGNED_BYTES, 37)])
+@pytest.mark.parametrize("at", [*range(8), 20, 21, 22, 23, *range(32, 424, 37), *range(468, SIGNED_BYTES)])
 def test_no_byte_is_free(at: int) -> None:
-    data = bytearray(State(2, 3, True, ((1, 1),)).signed() + MAC)
+    data = bytearray(encoded(slot_of(State(2, 3, True, ((1, 1),)))))
     data[at] ^= 0x44
     assert decode_slot(bytes(data)) is None
 
@@ -65,7 +74,11 @@ def test_rubbish_is_no_slot(data: bytes) -> None:
     ids=["epoch", "backwards", "touching", "descending", "too many"],
 )
 def test_what_no_writer_writes_is_no_slot(bad: State) -> None:
-    assert decode_slot(bad.signed()[:SIGNED_BYTES].ljust(SIGNED_BYTES, b"\0") + MAC) is None
+    assert decode_slot(slot_of(bad).signed()[:SIGNED_BYTES] + MAC) is None
+
+
+def test_a_key_is_under_some_kek() -> None:
+    assert decode_slot(encoded(slot_of(State(2, 3, True), kek_version=0))) is None
 
 
 def test_slots_take_turns() -> None:
@@ -99,7 +112,7 @@ def test_unclean_epochs_are_never_forgotten_whatever_is_merged(clean: list[bool]
     assert all(state.is_unclean(epoch) for epoch in unclean)
     if len(unclean) <= RANGES_MAX:
         assert not any(state.is_unclean(epoch) for epoch in set(range(state.epoch)) - unclean)
-    assert decode_slot(state.signed() + MAC) == (state, MAC)
+    assert decode_slot(encoded(slot_of(state))) == slot_of(state)
 
 
 def test_over_the_limit_the_nearest_two_ranges_become_one() -> None:
@@ -107,7 +120,7 @@ def test_over_the_limit_the_nearest_two_ranges_become_one() -> None:
     for _ in range(RANGES_MAX + 3):
         state = state.next_epoch().next_epoch().ended()  # every other epoch ends uncleanly
     assert len(state.unclean) == RANGES_MAX
-    assert decode_slot(state.signed() + MAC) is not None
+    assert decode_slot(encoded(slot_of(state))) is not None
 
 
 def test_epochs_run_out_with_an_error() -> None:

@@ -43,6 +43,7 @@ VOLUME_ID = fixed("volume id", 16)
 ROOT_ID = fixed("root directory id", 16)
 FILE_ID = fixed("file id", 16)
 VOLUME_KEY = fixed("volume key", 32)
+STATE_KEY = fixed("state key", 32)
 NAMES_KEY = fixed("names key", 64)
 DEK = fixed("DEK", 32)
 
@@ -114,8 +115,9 @@ def volume_file() -> bytes:
 
 
 def state_slot(sequence: int, epoch: int, clean: int) -> bytes:
-    slot = struct.pack(">8sQIB459x", b"CFSTATE1", sequence, epoch, clean)
-    return slot + hmac.digest(VOLUME_KEY, VOLUME_ID + slot, "sha256")
+    wrapped = wrap(b"state", bytes(16), STATE_KEY)
+    slot = struct.pack(">8sQIB403xI40s12x", b"CFSTATE1", sequence, epoch, clean, 1, wrapped)
+    return slot + hmac.digest(STATE_KEY, VOLUME_ID + slot, "sha256")
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ def markdown() -> str:
             ("file id", FILE_ID),
             ("KEK, version 1", KEK),
             ("volume key", VOLUME_KEY),
+            ("state key", STATE_KEY),
             ("names key", NAMES_KEY[:32]),
             ("", NAMES_KEY[32:]),
             ("DEK", DEK),
@@ -208,11 +211,17 @@ def markdown() -> str:
     )
     wraps = "\n".join(
         f"{purpose.decode():18s} {wrapping_key(purpose, log_id).hex()}"
-        for purpose, log_id in ((b"block", FILE_ID), (b"log-file", FILE_ID), (b"log-dir", ROOT_ID), (b"names", ROOT_ID))
+        for purpose, log_id in (
+            (b"block", FILE_ID),
+            (b"log-file", FILE_ID),
+            (b"log-dir", ROOT_ID),
+            (b"names", ROOT_ID),
+            (b"state", bytes(16)),
+        )
     )
     data = [(8, "magic"), (16, "file id"), (8, "generation of its creation"), (32, "MAC"), (13, "block 0")]
     slot = [(8, "magic"), (8, "sequence number"), (4, "mount epoch"), (1, "clean"), (1, "ranges"), (2, "zero")]
-    slot += [(456, "zero"), (32, "MAC")]
+    slot += [(400, "zero"), (4, "KEK version"), (40, "wrapped state key"), (12, "zero"), (32, "MAC")]
     state = dump(example.state[:512], slot, short=True)
     return f"""## 11. A worked example
 

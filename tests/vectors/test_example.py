@@ -66,10 +66,10 @@ def test_the_state_file() -> None:
     for at in (0, SLOT_BYTES):
         decoded = decode_slot(MADE.state[at : at + SLOT_BYTES])
         assert decoded is not None
-        state, tag = decoded
-        assert tag == mac(example.VOLUME_KEY, example.VOLUME_ID, state.signed())
-        assert state.slot * SLOT_BYTES == at
-        states.append(state)
+        assert unwrap(Purpose.STATE, ZERO_ID, decoded.wrapped) == example.STATE_KEY
+        assert decoded.mac == mac(example.STATE_KEY, example.VOLUME_ID, decoded.signed())
+        assert decoded.state.slot * SLOT_BYTES == at
+        states.append(decoded.state)
     mounted = State(0, 0, True).next_epoch()
     assert states == [mounted.ended(), mounted]
 

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Make the golden volume of format version 1: v1.tar.gz, and v1.json which says what is in it.
+"""Make the golden volumes of format version 1, v1.tar.gz and v1-keys.tar.gz. What is in them: v1.json, v1-keys.json.
 
     PYTHONPATH=. .venv/bin/python tests/volumes/make_v1.py
 
-Needs /dev/fuse and root (for `trusted.` attributes). The volume is made by the commands a person uses; its passphrase
+v1-keys is about keys: three protectors, a shred secret, two rotations (the KEK of one destroyed, of the other not yet),
+a domain with keys of its own, a policy. Its secrets but for the passphrase are in the archive, beside it.
+
+Needs /dev/fuse and root (for `trusted.` attributes). The volumes are made by the commands a person uses; its passphrase
 is that of `tests.mount.box`. It is an archive because a version control system keeps no hard links, holes, fifos,
 times or empty directories. To be run again only when the format changes, with the change named in FORMAT.md.
 """
@@ -17,7 +20,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tests.mount.box import boxed
+from tests.mount.box import Box, boxed
 from tests.reference.trees import describe
 
 HERE = Path(__file__).resolve().parent
@@ -88,20 +91,67 @@ def fill(top: Path) -> None:
         os.utime(path, ns=(THEN_S * 10**9, THEN_S * 10**9 + n), follow_symlinks=False)
 
 
+def pack(box: Box, name: str, *members: str) -> None:
+    tar = ["tar", "-cSf", "-", "--format=posix", "--pax-option=delete=atime,delete=ctime", "--sort=name"]
+    tar += ["--owner=0", "--group=0", "--numeric-owner", "-C", str(box.root), *members]
+    packed = subprocess.run(tar, check=True, stdout=subprocess.PIPE)
+    with (HERE / f"{name}.tar.gz").open("wb") as out:
+        subprocess.run(["gzip", "-9n"], input=packed.stdout, stdout=out, check=True)
+
+
+def say(name: str, expected: object) -> None:
+    (HERE / f"{name}.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+def make_plain(box: Box) -> None:
+    box.init("--block-size", str(BLOCK), "--label", "golden")
+    box.mount()
+    fill(box.clear)
+    box.remount()
+    expected = describe(box.clear)
+    box.umount()
+    pack(box, "v1", "vault")
+    say("v1", expected)
+
+
+def make_keys(box: Box) -> None:
+    key, recovery, shred = box.root / "key", box.root / "recovery.txt", box.root / "shred.key"
+    domain_key, domain_shred = box.root / "domain.key", box.root / "domain-shred.key"
+    box.init("--block-size", str(BLOCK), "--label", "golden", "--shred-keyfile", str(shred))
+    box.run("protector", "add", box.vault, "--kind", "keyfile", "--new-keyfile", key)
+    box.run("protector", "add", box.vault, "--kind", "recovery", "--out", recovery)
+    box.mount()
+    box.run("policy", box.vault, "--max-age", "30")
+    written = box.clear / "written"
+    written.mkdir()
+    rotate = ("rotate", box.vault, "--kek", "--keep", f"keyfile={key}", "--keep", f"recovery={recovery}")
+    for when in ("first", "second", "third"):
+        (written / when).write_text(f"under the {when} KEK\n" * 1000)
+        os.setxattr(written / when, "user.kek", when.encode())
+        os.symlink(when, written / f"{when} link")
+        if when == "first":
+            box.run(*rotate, "--protector", "golden", "--destroy-old")
+        elif when == "second":
+            box.run(*rotate, "--protector", "golden")
+    payroll = box.clear / "payroll"
+    box.run_without_passphrase(
+        "domain", "create", payroll, "--new-keyfile", domain_key, "--shred-keyfile", domain_shred
+    )  # fmt: skip
+    (payroll / "january").write_text("what everybody gets\n" * 500)
+    (payroll / "years").mkdir()
+    (payroll / "years" / "2025").write_bytes(b"all of it")
+    expected = {"volume": describe(box.clear), "domain": describe(payroll)}
+    box.umount()
+    [domain] = os.listdir(box.vault / "domains")
+    secrets = (path.name for path in (key, recovery, shred, domain_key, domain_shred))
+    pack(box, "v1-keys", "vault", *secrets)
+    say("v1-keys", {"domain_id": domain, **expected})
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as parent, boxed(Path(parent)) as box:
-        box.init("--block-size", str(BLOCK), "--label", "golden")
-        box.mount()
-        fill(box.clear)
-        box.remount()
-        expected = describe(box.clear)
-        box.umount()
-        tar = ["tar", "-cSf", "-", "--format=posix", "--pax-option=delete=atime,delete=ctime", "--sort=name"]
-        tar += ["--owner=0", "--group=0", "--numeric-owner", "-C", str(box.root), "vault"]
-        packed = subprocess.run(tar, check=True, stdout=subprocess.PIPE)
-        with (HERE / "v1.tar.gz").open("wb") as out:
-            subprocess.run(["gzip", "-9n"], input=packed.stdout, stdout=out, check=True)
-    (HERE / "v1.json").write_text(json.dumps(expected, indent=1) + "\n")
+    for make in (make_plain, make_keys):
+        with tempfile.TemporaryDirectory() as parent, boxed(Path(parent)) as box:
+            make(box)
 
 
 if __name__ == "__main__":
