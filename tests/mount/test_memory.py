@@ -17,7 +17,7 @@ from tests.mount.test_guardian import guardians_of
 pytestmark = pytest.mark.mount
 
 CONTENT = b"what is in the file " * 2000
-IN_THE_DAEMON = {"block key", "log-file key", "log-dir key", "names key", "attr key", "volume key"}
+IN_THE_DAEMON = {"block key", "log-file key", "log-dir key", "names key", "attr key", "volume key", "state key"}
 
 
 def use(clear: Path) -> None:
