@@ -98,4 +98,6 @@ class Attaching:
             self._volumes.forget(volume_id)
         elif self._volumes.keyring.holds(volume_id):
             self._volumes.lies_at(volume_id, attachment.cipher_dir)
+            if volume_id in self._kept:
+                self._volumes.holders.forgotten(volume_id)
         self._kept.discard(volume_id)

@@ -48,7 +48,7 @@ MESSAGE_MAX_CHARS = 300
 _QUIET = frozenset(
     {
         "hello", "status", "floors", "record", "begin", "locked", "about", "audit", "report", "reports", "rotation",
-        "rotation-get",
+        "rotation-get", "release",
     }
 )  # fmt: skip
 """Verbs that hand out no key and change nothing worth a line; their refusal is one."""
@@ -103,7 +103,7 @@ class Auditor:
 
     def done(self, peer: AuditedPeer, verb: str, args: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Call before a request's result is sent. Raises `AuditUnavailable`: then it must not be."""
-        if verb in _QUIET or verb in _SELF_TOLD:
+        if verb in _QUIET or verb in _SELF_TOLD or (verb == "hold" and not result["was_unlocked"]):
             return
         volume_id = volume_of(verb, args, result)
         files = files_of(verb, args, result)

@@ -45,6 +45,8 @@ def detail_of(verb: str, args: Mapping[str, Any]) -> Detail:
     """What else a line says of a request that was answered."""
     if verb == "attach":
         return {name.replace("_", "-"): os.fsdecode(args[name]) for name in ("cipher_dir", "mountpoint")}
+    if verb == "hold":
+        return {"while-connected": bool(args["while_connected"])}
     if verb in ("detach", "keep"):
         return {"keep": bool(args["keep"])}
     if verb in ("protector-add", "protector-change"):

@@ -64,6 +64,7 @@ class Opening:
             "shred_kind",
             "shred_params",
             "shred_secret",
+            "while_connected",
         )
         arg.expect(args, *names)
         now_s = self._clock.time_ns() // 1_000_000_000
@@ -79,7 +80,7 @@ class Opening:
             raise ProtocolError("block_size must be a power of two")
         if new.shred_kind and new.protector is None:
             raise UsageError("an ephemeral volume needs no shred secret: its key is never stored")
-        given = get_shred_secret(args)
+        given, holder = get_shred_secret(args), _holder(peer, args)
         secret = Secret.of(arg.get_bytes(args, "secret", 1 if new.protector is not None else 0, SECRET_MAX_BYTES))
         volume_id = self._random(ID_BYTES)
 
@@ -94,18 +95,18 @@ class Opening:
 
         unlocked = await self._threads.open_with(secret, create)
         await self._on_record(peer, "create", unlocked, {})
-        self._volumes.hold(unlocked, b"", Terms())
+        self._volumes.hold(unlocked, b"", Terms(), holder)
         return {"volume": unlocked.data}
 
     async def _unlock(self, peer: Peer, args: Args) -> dict[str, Any]:
         names = ("volume", "cipher_dir", "secret", "for_s", "idle_s", "kind", "protector_id", "shred_secret")
-        arg.expect(args, *names)
+        arg.expect(args, *names, "while_connected")
         for_s, idle_s = _time(args, "for_s"), _time(args, "idle_s")
         data = arg.get_bytes(args, "volume", 0, FILE_MAX_BYTES)
         cipher_dir = arg.get_path(args, "cipher_dir")
         kind = arg.get_text(args, "kind", LABEL_MAX_CHARS)
         protector_id = arg.get_bytes(args, "protector_id", 0, ID_BYTES)
-        given = get_shred_secret(args)
+        given, holder = get_shred_secret(args), _holder(peer, args)
         volume = parse_volume(data)
         async with self._attempts.next(volume.volume_id) as failures:
             limit = self._threads.limit_of(volume, kind, protector_id)
@@ -123,7 +124,7 @@ class Opening:
         said: dict[str, str | int | bool] = {"cipher-dir": os.fsdecode(cipher_dir), "failures-before": failures}
         said |= {name: s for name, s in (("for-s", counts.for_s), ("idle-s", counts.idle_s)) if s is not None}
         await self._on_record(peer, "unlock", unlocked, said)
-        self._volumes.hold(unlocked, cipher_dir, terms)
+        self._volumes.hold(unlocked, cipher_dir, terms, holder)
         return {"volume_id": unlocked.volume.volume_id, "kek_version": unlocked.volume.kek_version}
 
     async def _on_record(self, peer: Peer, verb: str, unlocked: Unlocked, said: Mapping[str, str | int | bool]) -> None:
@@ -145,6 +146,11 @@ class Opening:
         except BaseException:
             trio.lowlevel.start_thread_soon(unlocked.discard, lambda _outcome: None)  # a root may block
             raise
+
+
+def _holder(peer: Peer, args: Args) -> Peer | None:
+    """Whose connection the KEK is held for; None: whoever ends, it stays."""
+    return peer if arg.get_bool(args, "while_connected") else None
 
 
 def _time(args: Args, name: str) -> int | None:

@@ -210,11 +210,11 @@ class Server:
             nursery.start_soon(self._run, connection)
 
     def _make_room(self) -> bool:
-        """Hang up on the connection that has been idle longest and is no daemon's; False if there is none."""
+        """Hang up on the connection that has been idle longest and keeps no volume unlocked; False if there is none."""
         idle = sorted(
             (since, number, connection)
             for number, connection in enumerate(self._connections)
-            if (since := connection.idle_since) is not None and not self._service.is_attached(connection)
+            if (since := connection.idle_since) is not None and not self._service.must_stay(connection)
         )
         # Only those that are looked at: it takes a system call each.
         connection = next((each for _, _, each in idle if not each.has_unread), None)

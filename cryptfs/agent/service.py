@@ -90,12 +90,14 @@ class Service:
             "locked": locking.locked,
             "report": self._reports.answered,
             "rotation": rotations.report,
+            **volumes.holders.of_peer,
         }
         self._slow: Mapping[str, Callable[[Peer, Args], Awaitable[dict[str, Any]]]] = {
             "attach": self._attaching.attach,
             "unwrap": self._keys.unwrap_late,
             "reports": self._tell_reports,
             "audit": audit.verb_audit,
+            **volumes.holders.slow,
             **opening.verbs,
             **locking.verbs,
             **recording.verbs,
@@ -162,13 +164,14 @@ class Service:
         """The peer broke the protocol; its connection ends."""
         self._audit.event("message", "protocol", peer=peer.audit_json, detail={"message": str(error)})
 
-    def is_attached(self, peer: Peer) -> bool:
-        """Whether the connection stands for a daemon."""
-        return self._attaching.is_attached(peer)
+    def must_stay(self, peer: Peer) -> bool:
+        """Whether a volume might be locked if this connection ended."""
+        return self._attaching.is_attached(peer) or self.volumes.holders.holds_any(peer)
 
     def gone(self, peer: Peer) -> None:
-        """The connection ended: what it was attached to and did not detach is forgotten, unless it is to be kept."""
+        """The connection ended: what it was attached to and did not detach, or was unlocked for it alone, is locked."""
         self._attaching.gone(peer)
+        self.volumes.holders.gone(peer)
 
     async def close_records(self) -> None:
         """Close the freshness records of volumes that are neither unlocked nor mounted."""

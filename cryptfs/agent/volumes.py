@@ -13,11 +13,12 @@ from collections.abc import Callable
 import trio
 
 from cryptfs.agent.audit import Auditor
+from cryptfs.agent.holders import Holders
 from cryptfs.agent.keyring import Keyring
 from cryptfs.agent.limits import Limits
 from cryptfs.agent.locking import Locks, Terms
 from cryptfs.agent.policies import Policies
-from cryptfs.agent.recording import Attachment
+from cryptfs.agent.recording import Attachment, Peer
 from cryptfs.agent.reverify import Reverifier
 from cryptfs.agent.unlocking import Unlocked
 from cryptfs.format.agent_msg import encode_push
@@ -39,6 +40,7 @@ class Volumes:
         self._cipher_dirs: dict[bytes, bytes] = {}
         """As `unlock` said; what a daemon says when it attaches goes before it."""
         self.locks = Locks(keyring, self.attached, self.forget, clock, self._domains_of)
+        self.holders = Holders(keyring, self.locks, self.attached)
         self.limits = Limits(audit, clock)
         self.locks.on_begin = self.limits.refuse
         self.reverifier = Reverifier(self.locks.begin, self._say_reverified, clock)
@@ -64,13 +66,15 @@ class Volumes:
 
     # in and out ------------------------------------------------------------------------------------------------
 
-    def hold(self, unlocked: Unlocked, cipher_dir: bytes, terms: Terms) -> None:
-        """Keep what was unlocked, and tell its daemon, if it has one."""
+    def hold(self, unlocked: Unlocked, cipher_dir: bytes, terms: Terms, holder: Peer | None) -> None:
+        """Keep what was unlocked, and tell its daemon, if it has one. `holder`: only while this connection lasts."""
         volume = unlocked.volume
+        was_locked = not self.keyring.holds(volume.volume_id)
         self.keyring.hold(volume.volume_id, volume.kek_version, unlocked.keks)
         self._audit.reseal(volume.volume_id, volume.kek_version, self.keyring.keks(volume.volume_id))
         self._cipher_dirs[volume.volume_id] = cipher_dir
         self.locks.held(volume.volume_id, terms)
+        self.holders.unlocked(volume.volume_id, holder, was_locked=was_locked)
         self.reverifier.held(volume.volume_id, unlocked.standing, volume.policy.reverify_s)
         self.policies.learn(volume.volume_id, volume.serial, volume.policy)
         log.info("volume %s is unlocked", volume.volume_id.hex())
@@ -85,6 +89,7 @@ class Volumes:
             self._audit.close_volume(volume_id, "forget")
         was_unlocked = self.keyring.forget(volume_id)
         self.locks.forgotten(volume_id)
+        self.holders.forgotten(volume_id)
         self.reverifier.forgotten(volume_id)
         self.policies.forgotten(volume_id)
         cipher_dir = self.cipher_dir(volume_id)

@@ -14,14 +14,15 @@ from cryptfs.errors import StoreFailed, UnsupportedFormat, VolumeBusy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cryptfs.cli.hold import Hold
     from cryptfs.format.volume import Volume
 
 
-def renew(cipher_dir: Path, volume: Volume) -> bool:
+def renew(cipher_dir: Path, volume: Volume, hold: Hold) -> bool:
     """Make a new volume of the same block size in the place of an ephemeral one that nobody can open any more.
 
-    Its key stays with the agent. False, and nothing done, if the agent still has the key of the one there. Raises
-    `VolumeBusy` if it is mounted, `StoreFailed`, `AgentUnavailable`.
+    The agent has its key as long as `hold` lasts. False, and nothing done, if the agent still has the key of the one
+    there. Raises `VolumeBusy` if it is mounted, `StoreFailed`, `AgentUnavailable`.
     """
     from cryptfs.cli import key_agent
     from cryptfs.keys.edit_requests import VolumeWish
@@ -29,7 +30,7 @@ def renew(cipher_dir: Path, volume: Volume) -> bool:
 
     if not volume.ephemeral:
         raise UnsupportedFormat("only an ephemeral volume is made anew")
-    if key_agent.is_unlocked(volume.volume_id):
+    if hold.join(volume.volume_id):
         return False
     store = LocalStore(cipher_dir)
     try:
@@ -38,7 +39,7 @@ def renew(cipher_dir: Path, volume: Volume) -> bool:
         except BlockingIOError:
             raise VolumeBusy("the volume is mounted or being changed by another process") from None
         _remove_leftovers(cipher_dir)
-        key_agent.create_volume(cipher_dir, VolumeWish(volume.block_size, None), keep=True)
+        key_agent.create_volume(cipher_dir, VolumeWish(volume.block_size, None), hold)
     finally:
         store.close_store()
     return True

@@ -18,6 +18,7 @@ from cryptfs.cli.plain_agent import NotReached
 from cryptfs.errors import AgentUnavailable
 
 if TYPE_CHECKING:
+    from cryptfs.cli.hold import Hold
     from cryptfs.format.policy import Policy
     from cryptfs.keys.agent_answers import AgentStatus, Report
     from cryptfs.keys.agent_client import AgentClient, LockOutcome, VolumeStatus
@@ -136,22 +137,26 @@ def is_unlocked(volume_id: bytes) -> bool:
     return volume is not None and volume.state == "unlocked"
 
 
-def unlock(
+def unlock(  # noqa: PLR0913 - a keyword for each argument of the request
     volume_file: bytes, cipher_dir: Path, secret: bytes, *, kind: str, protector_id: bytes = b"",
-    shredding: bytes = b"", for_s: int | None = None, idle_s: int | None = None,
+    shredding: bytes = b"", for_s: int | None = None, idle_s: int | None = None, hold: Hold | None = None,
 ) -> None:  # fmt: skip
     """Unlock a volume by all protectors of a kind, or the one of an id.
 
-    `shredding`: its shred secret, unless the agent keeps it. Raises `WrongSecret`, `VolumeDamaged`,
-    `UnsupportedFormat`, `ShredSecretMissing`, `Denied`, `BackendUnavailable`, `AgentUnavailable`.
+    `shredding`: its shred secret, unless the agent keeps it. `hold`: only as long as that lasts. Raises `WrongSecret`,
+    `VolumeDamaged`, `UnsupportedFormat`, `ShredSecretMissing`, `Denied`, `BackendUnavailable`, `AgentUnavailable`.
     """
     from cryptfs.keys.agent_answers import get_unlocked
     from cryptfs.keys.edit_requests import KDF_PATIENCE_S, unlock_args
 
     args = unlock_args(
         volume_file, str(cipher_dir), secret, kind=kind, protector_id=protector_id, shred_secret=shredding, for_s=for_s,
-        idle_s=idle_s,
+        idle_s=idle_s, while_connected=hold is not None,
     )  # fmt: skip
+    if hold is not None:
+        held = hold
+        _reaching(lambda: held.unlock(args, patience_s=KDF_PATIENCE_S))
+        return
     _reaching(lambda: plain_agent.tell("unlock", args, get_unlocked, patience_s=KDF_PATIENCE_S))
 
 
@@ -177,6 +182,13 @@ def lock(volume_id: bytes) -> LockOutcome:
     if ahead == volume_id:
         return outcome
     return plain_agent.ask("lock", {"volume_id": volume_id}, get_lock_outcome, LockOutcome(False, 0))
+
+
+def stays_unlocked(volume_id: bytes) -> bool:
+    """Have a volume that is unlocked stay so, also if that was for some commands only; whether it is unlocked."""
+    from cryptfs.cli.hold import get_was_unlocked
+
+    return plain_agent.ask("hold", {"volume_id": volume_id, "while_connected": False}, get_was_unlocked, False)
 
 
 def keep(volume_id: bytes, *, keep: bool) -> None:
@@ -218,8 +230,8 @@ def _nothing(_result: Mapping[str, Any]) -> None:
     return
 
 
-def create_volume(cipher_dir: Path, new: VolumeWish, *, keep: bool = False) -> None:
-    """Make a new volume in the empty directory `cipher_dir`; it is locked again afterwards, unless `keep`.
+def create_volume(cipher_dir: Path, new: VolumeWish, hold: Hold | None = None) -> None:
+    """Make a new volume in the empty directory `cipher_dir`; it is locked again afterwards, unless there is a `hold`.
 
     Raises `AgentUnavailable`, `StoreFailed`, `Denied`, `UsageError`, and what the root key's holder raises.
     """
@@ -229,14 +241,15 @@ def create_volume(cipher_dir: Path, new: VolumeWish, *, keep: bool = False) -> N
     from cryptfs.format.volume import parse_volume
 
     async def request(client: AgentClient) -> None:
-        volume_file = await client.create(new)
+        # Killed while it is made, it is locked.
+        volume_file = await client.create(new, while_connected=True)
         volume_id = parse_volume(volume_file).volume_id
         done = False
         try:
             await lay_out(cipher_dir, volume_file, volume_id, client)
-            done = True
+            done = hold is not None and hold.join(volume_id)
         finally:
-            if not (keep and done):
+            if not done:
                 with trio.CancelScope(shield=True):
                     await client.lock(volume_id)
 
@@ -254,10 +267,11 @@ def create_domain(cipher_dir: Path, place: Path, new: VolumeWish) -> bytes:
     from cryptfs.format.volume import parse_volume
 
     async def request(client: AgentClient) -> bytes:
-        volume_file = await client.create(new)
+        volume_file = await client.create(new, while_connected=True)
         volume_id = parse_volume(volume_file).volume_id
         try:
             await new_domain.make(cipher_dir, place, volume_file, volume_id, client)
+            await client.hold(volume_id, while_connected=False)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await client.lock(volume_id)

@@ -64,7 +64,8 @@ def mount(  # noqa: PLR0913  one parameter per option
 
 
 def _mount(cipher_dir: Path, mountpoint: Path, options: MountOptions, given: Given, *, foreground: bool) -> int:
-    from cryptfs.cli import daemon_process, ephemeral, key_agent, mounts, processes
+    from cryptfs.cli import daemon_process, ephemeral, mounts, processes
+    from cryptfs.cli.hold import Hold
     from cryptfs.cli.unlock import unlock_volume
     from cryptfs.errors import VolumeBusy
     from cryptfs.ops.info import read_volume
@@ -77,24 +78,26 @@ def _mount(cipher_dir: Path, mountpoint: Path, options: MountOptions, given: Giv
         raise VolumeBusy(f"the volume is mounted already, on {daemon.mountpoint}")
     mounts.check_usable(mountpoint, cipher_dir)
     mounts.check_dependencies()
-    if volume.ephemeral:
-        with ui.waiting("making the ephemeral volume"):
-            unlocked_here = ephemeral.renew(cipher_dir, volume)
-        volume = read_volume(cipher_dir)
-    else:
-        unlocked_here = unlock_volume(cipher_dir, given)
-    try:
-        with ui.waiting(f"mounting {cipher_dir}"):
-            starting = daemon_process.start(cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground)
-        with processes.ended_unless_left(starting):
-            _warn_of_damage(cipher_dir, mountpoint)
-            if foreground:
-                return _stay(starting, f"{cipher_dir} is mounted on {mountpoint}")
-            starting.leave()
-    except BaseException:
-        if unlocked_here:
-            key_agent.lock(volume.volume_id)
-        raise
+    with Hold() as hold:
+        if volume.ephemeral:
+            with ui.waiting("making the ephemeral volume"):
+                ephemeral.renew(cipher_dir, volume, hold)
+            volume = read_volume(cipher_dir)
+        else:
+            unlock_volume(cipher_dir, given, hold=hold)
+        try:
+            with ui.waiting(f"mounting {cipher_dir}"):
+                starting = daemon_process.start(
+                    cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground
+                )
+        finally:
+            # From here on the daemon has it unlocked, if it started.
+            hold.release(volume.volume_id)
+    with processes.ended_unless_left(starting):
+        _warn_of_damage(cipher_dir, mountpoint)
+        if foreground:
+            return _stay(starting, f"{cipher_dir} is mounted on {mountpoint}")
+        starting.leave()
     ui.done(f"{cipher_dir} is mounted on {mountpoint}")
     return 0
 

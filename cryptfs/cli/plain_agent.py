@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 from collections.abc import Callable, Mapping
@@ -85,41 +86,65 @@ def answered(sock: socket.socket, read: Callable[[Mapping[str, Any]], T], otherw
 
 
 def tell(verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T], *, patience_s: float) -> T:
-    """One request's result, as `read` has it, from an agent that is the user's own and has answered `hello` first.
+    """One request's result, as `read` has it, on a `Connection` of its own. Raises as that and its `request`."""
+    with contextlib.closing(Connection()) as connection:
+        return connection.request(verb, args, read, patience_s=patience_s)
 
-    The request may carry a secret and is made once. Raises `NotReached` as long as it was not made, `NotPermitted`,
-    `AgentUnavailable`, and what the agent's refusal stands for.
+
+class Connection:
+    """To an agent that is the user's own and has answered `hello`.
+
+    Requests may carry a secret and are made once. Raises `NotReached`: nothing was asked yet; `NotPermitted`,
+    `AgentUnavailable` (it hangs).
     """
-    try:
-        sock = connected(paths.agent_socket())
-    except AgentUnavailable as error:
-        raise NotReached(str(error)) from None
-    with sock:
-        sock.settimeout(PATIENCE_S)
-        decoder = AnswerDecoder()
+
+    def __init__(self) -> None:
         try:
-            sock.sendall(encode_request(1, "hello", {"role": "cli"}))
-            hello = _answer(sock, decoder)
-            if isinstance(hello, Reply):
-                get_hello(hello.result)
-        except TimeoutError:
-            raise _silent(sock) from None
-        except (OSError, EOFError, ProtocolError) as error:
-            raise NotReached(f"{_NO_ANSWER}{error}") from None
-        _result(hello)
-        sock.settimeout(patience_s)
+            self._sock = connected(paths.agent_socket())
+        except AgentUnavailable as error:
+            raise NotReached(str(error)) from None
+        self._decoder, self._last_id = AnswerDecoder(), 1
         try:
-            sock.sendall(encode_request(2, verb, args))
-            answer = _answer(sock, decoder)
+            self._greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End it."""
+        self._sock.close()
+
+    def request(
+        self, verb: str, args: Mapping[str, Any], read: Callable[[Mapping[str, Any]], T], *, patience_s: float
+    ) -> T:
+        """One request's result, as `read` has it. Raises `AgentUnavailable`, and what a refusal stands for."""
+        self._sock.settimeout(patience_s)
+        self._last_id += 1
+        try:
+            self._sock.sendall(encode_request(self._last_id, verb, args))
+            answer = _answer(self._sock, self._decoder)
             if isinstance(answer, Reply):
                 return read(answer.result)
         except ProtocolError as error:
             raise AgentUnavailable(f"the key agent sent rubbish: {error}") from None
         except TimeoutError:
-            raise _silent(sock) from None
+            raise _silent(self._sock) from None
         except (OSError, EOFError) as error:
             raise AgentUnavailable(f"the key agent is gone: {error}") from None
-    raise error_of(answer.code, answer.message)
+        raise error_of(answer.code, answer.message)
+
+    def _greet(self) -> None:
+        self._sock.settimeout(PATIENCE_S)
+        try:
+            self._sock.sendall(encode_request(self._last_id, "hello", {"role": "cli"}))
+            hello = _answer(self._sock, self._decoder)
+            if isinstance(hello, Reply):
+                get_hello(hello.result)
+        except TimeoutError:
+            raise _silent(self._sock) from None
+        except (OSError, EOFError, ProtocolError) as error:
+            raise NotReached(f"{_NO_ANSWER}{error}") from None
+        _result(hello)
 
 
 def _ask_once(verb: str, args: Mapping[str, Any]) -> Mapping[str, Any] | None:

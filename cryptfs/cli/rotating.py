@@ -25,6 +25,7 @@ from cryptfs.errors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cryptfs.cli.hold import Hold
     from cryptfs.cli.kept import Kept
     from cryptfs.cli.protectors import Choice, Given
     from cryptfs.format.volume import Volume
@@ -142,36 +143,34 @@ def unlocked(cipher_dir: Path, given: Given, *, secret_wanted: bool) -> Iterator
 
     Raises as `unlock_volume`.
     """
+    from cryptfs.cli.hold import Hold
     from cryptfs.cli.unlock import unlock_volume
 
-    volume = _read(cipher_dir)
-    was_unlocked, secret = key_agent.is_unlocked(volume.volume_id), None
-    if secret_wanted and not volume.ephemeral:
-        secret = _secret(cipher_dir, volume, given, unlock=not was_unlocked)
-    else:
-        unlock_volume(cipher_dir, given)
-    try:
-        yield secret
-    finally:
-        held = key_agent.find(volume.volume_id)
-        if not was_unlocked and held is not None and held.daemon_pid is None:
-            with suppress(CryptfsError):
-                key_agent.lock(volume.volume_id)
+    volume, secret = _read(cipher_dir), None
+    with Hold() as hold:
+        if secret_wanted and not volume.ephemeral:
+            secret = _secret(cipher_dir, volume, given, hold)
+        else:
+            unlock_volume(cipher_dir, given, hold=hold)
+        try:
+            yield secret
+        finally:
+            hold.release(volume.volume_id)
 
 
-def _secret(cipher_dir: Path, volume: Volume, given: Given, *, unlock: bool) -> Secret:
+def _secret(cipher_dir: Path, volume: Volume, given: Given, hold: Hold) -> Secret:
     """Read once, as a descriptor can be: it unlocks the volume, and wraps the new KEK."""
     from cryptfs.cli import shred_secret
     from cryptfs.ops.info import read_volume_file
 
-    choice = given.choose(volume)
+    choice, is_unlocked = given.choose(volume), hold.join(volume.volume_id)
 
     def use(value: bytes) -> Secret:
-        if unlock:
+        if not is_unlocked:
             with ui.waiting("unlocking"):
                 key_agent.unlock(
                     read_volume_file(cipher_dir), cipher_dir, value, kind=choice.kind,
-                    protector_id=choice.protector_id, shredding=shred_secret.read(volume),
+                    protector_id=choice.protector_id, shredding=shred_secret.read(volume), hold=hold,
                 )  # fmt: skip
         return Secret(choice, value)
 

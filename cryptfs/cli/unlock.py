@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cryptfs.cli import protectors, ui
 from cryptfs.cli.durations import DURATION
 from cryptfs.cli.protectors import Given
+
+if TYPE_CHECKING:
+    from cryptfs.cli.hold import Hold
 
 
 @click.command()
@@ -37,8 +41,10 @@ def unlock(
             ui.warning("--for and --idle count only when a volume is unlocked: lock it first to change them")
 
 
-def unlock_volume(cipher_dir: Path, given: Given, *, for_s: int | None = None, idle_s: int | None = None) -> bool:
-    """Unlock the volume in `cipher_dir` (resolved); returns whether it was locked.
+def unlock_volume(
+    cipher_dir: Path, given: Given, *, for_s: int | None = None, idle_s: int | None = None, hold: Hold | None = None
+) -> bool:
+    """Unlock the volume in `cipher_dir` (resolved); returns whether it was locked. `hold`: only as long as that lasts.
 
     The secret is asked for only then, and a wrong one that was typed may be typed again (but no PIN). Raises
     `NotAVolume`, `VolumeDamaged`, `UnsupportedFormat`, `WrongSecret`, `BackendUnavailable`, `Denied`,
@@ -52,8 +58,7 @@ def unlock_volume(cipher_dir: Path, given: Given, *, for_s: int | None = None, i
 
     volume_file = read_volume_file(cipher_dir)
     volume = parse_volume(volume_file)
-    held = key_agent.find(volume.volume_id)
-    if held is not None and held.state == "unlocked":
+    if key_agent.stays_unlocked(volume.volume_id) if hold is None else hold.join(volume.volume_id):
         return False
     if volume.ephemeral:
         raise hinted(
@@ -67,7 +72,7 @@ def unlock_volume(cipher_dir: Path, given: Given, *, for_s: int | None = None, i
         with ui.waiting("unlocking"):
             key_agent.unlock(
                 volume_file, cipher_dir, secret, kind=choice.kind, protector_id=choice.protector_id,
-                shredding=shredding, for_s=for_s, idle_s=idle_s,
+                shredding=shredding, for_s=for_s, idle_s=idle_s, hold=hold,
             )  # fmt: skip
 
     choice.tried(use)
@@ -78,16 +83,13 @@ def unlock_volume(cipher_dir: Path, given: Given, *, for_s: int | None = None, i
 def unlocked(cipher_dir: Path, volume_id: bytes, given: Given) -> Iterator[bool]:
     """The volume in `cipher_dir` (resolved), unlocked for the block, which is told whether it was locked before.
 
-    If so it is locked again afterwards. Raises as `unlock_volume`.
+    If so it is locked again afterwards, and also if this process is killed. Raises as `unlock_volume`.
     """
-    from cryptfs.cli import key_agent
-    from cryptfs.errors import CryptfsError
+    from cryptfs.cli.hold import Hold
 
-    was_locked = unlock_volume(cipher_dir, given)
-    try:
-        yield was_locked
-    finally:
-        if was_locked:
-            # An agent that is gone has locked it; whatever the block raised is what there is to say.
-            with contextlib.suppress(CryptfsError):
-                key_agent.lock(volume_id)
+    with Hold() as hold:
+        was_locked = unlock_volume(cipher_dir, given, hold=hold)
+        try:
+            yield was_locked
+        finally:
+            hold.release(volume_id)

@@ -75,7 +75,7 @@ def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: boo
     if daemon is not None and exclusive:
         raise VolumeBusy(f"the volume is mounted on {daemon.mountpoint}")
     mounted = _seen_at(cipher_dir, volume_id, daemon)
-    with unlocked(cipher_dir, volume_id, given) as was_locked:
+    with unlocked(cipher_dir, volume_id, given):
         # Only now: an agent that was just started inherits none of this.
         harden()
         os.umask(0)  # modes are those of the volume's entries
@@ -84,9 +84,7 @@ def with_volume(cipher_dir: Path, given: Given, work: Work[T], *, exclusive: boo
         _say_what_is_settled(aloud=exclusive)
 
         async def run() -> T:
-            async with _reached(
-                cipher_dir, volume_file, daemon, mounted, keep=not was_locked, exclusive=exclusive
-            ) as reached:
+            async with _reached(cipher_dir, volume_file, daemon, mounted, exclusive=exclusive) as reached:
                 return await work(reached)
 
         return trio.run(run, restrict_keyboard_interrupt_to_checkpoints=True)
@@ -115,7 +113,7 @@ def _say_what_is_settled(*, aloud: bool) -> None:
 
 @asynccontextmanager
 async def _reached(
-    cipher_dir: Path, volume_file: bytes, daemon: mounts.Daemon | None, top: str | None, *, keep: bool, exclusive: bool
+    cipher_dir: Path, volume_file: bytes, daemon: mounts.Daemon | None, top: str | None, *, exclusive: bool
 ) -> AsyncIterator[Reached]:
     """`top`: where the volume's root is seen, if it is mounted."""
     config = config_of(volume_file)
@@ -130,7 +128,7 @@ async def _reached(
             yield None
             return
         below = top + os.fsdecode(path) if top is not None else None
-        async with _reached(where, file, daemon, below, keep=True, exclusive=exclusive) as reached:
+        async with _reached(where, file, daemon, below, exclusive=exclusive) as reached:
             yield reached
 
     async with open_agent(paths.agent_socket()) as client:
@@ -158,7 +156,8 @@ async def _reached(
             keys.wipe()
             if attached:
                 with trio.CancelScope(shield=True), suppress(CryptfsError):
-                    await client.detach(config.volume_id, keep=keep)
+                    # What is to be locked again is when `unlocked` ends.
+                    await client.detach(config.volume_id, keep=True)
 
 
 async def _attach(client: AgentClient, cipher_dir: Path, volume_file: bytes, *, exclusive: bool) -> bool:

@@ -48,13 +48,17 @@ class AgentClient(AgentConnection):
         with self.rubbish_is_loss():
             return get_hello(result)
 
-    async def create(self, new: VolumeWish) -> bytes:
-        """A new volume: the bytes of its whole `volume` file. The agent holds its KEK afterwards."""
-        result = await self.request("create", new.args(), patience_ticks=KDF_PATIENCE_TICKS)
+    async def create(self, new: VolumeWish, *, while_connected: bool = False) -> bytes:
+        """A new volume: the bytes of its whole `volume` file.
+
+        The agent holds its KEK afterwards; `while_connected`: until this connection ends, if `hold` says nothing else.
+        """
+        args = {**new.args(), "while_connected": while_connected}
+        result = await self.request("create", args, patience_ticks=KDF_PATIENCE_TICKS)
         with self.rubbish_is_loss():
             return get_bin(result, "volume")
 
-    async def unlock(
+    async def unlock(  # noqa: PLR0913 - a keyword for each argument of the request
         self,
         *,
         volume: bytes,
@@ -65,23 +69,34 @@ class AgentClient(AgentConnection):
         shred_secret: bytes | bytearray = b"",
         for_s: int | None = None,
         idle_s: int | None = None,
+        while_connected: bool = False,
     ) -> tuple[bytes, int]:
         """Unlock with a secret: (volume id, KEK version). `volume` is the whole file's bytes.
 
         The secret is tried on all protectors of `kind`, or of every kind if that is empty; or on the one of an id.
         `shred_secret`: 32 bytes, where the volume has one that the agent does not keep. It is locked again `for_s`
-        seconds from now, or when no key was asked for in `idle_s`; None: as its policy says.
+        seconds from now, or when no key was asked for in `idle_s`; None: as its policy says. `while_connected`: also
+        when this connection ends, if it was locked before (see `hold`).
 
         Raises `WrongSecret`; `VolumeDamaged` if the secret is right but the file was changed; `UnsupportedFormat`,
         `ShredSecretMissing`.
         """
         args = unlock_args(
             volume, cipher_dir, secret, kind=kind, protector_id=protector_id, shred_secret=shred_secret, for_s=for_s,
-            idle_s=idle_s,
+            idle_s=idle_s, while_connected=while_connected,
         )  # fmt: skip
         result = await self.request("unlock", args, patience_ticks=KDF_PATIENCE_TICKS)
         with self.rubbish_is_loss():
             return get_unlocked(result)
+
+    async def hold(self, volume_id: bytes, *, while_connected: bool) -> bool:
+        """Have a volume that is unlocked stay so: for good, or at least as long as this connection; whether it is.
+
+        One that was unlocked for good is so whatever `while_connected` says.
+        """
+        result = await self.request("hold", {"volume_id": volume_id, "while_connected": while_connected})
+        with self.rubbish_is_loss():
+            return get_bool(result, "was_unlocked")
 
     async def lock(self, volume_id: bytes) -> bool:
         """Have the agent lock the volume, its daemon first; whether it was unlocked."""

@@ -23,9 +23,10 @@ KDF_PATIENCE_S = 600.0
 """The same for who waits without a loop that ticks."""
 
 
-def unlock_args(
+def unlock_args(  # noqa: PLR0913 - a keyword for each argument of the request
     volume: bytes, cipher_dir: str, secret: bytes | bytearray, *, kind: str, protector_id: bytes = b"",
     shred_secret: bytes | bytearray = b"", for_s: int | None = None, idle_s: int | None = None,
+    while_connected: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of `unlock`; what they mean says `AgentClient.unlock`."""
     return {
@@ -37,6 +38,7 @@ def unlock_args(
         "kind": kind,
         "protector_id": protector_id,
         "shred_secret": bytes(shred_secret),
+        "while_connected": while_connected,
     }
 
 

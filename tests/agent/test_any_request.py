@@ -31,8 +31,13 @@ VERBS: dict[str, tuple[str, ...]] = {
     "hello": ("role",),
     "create": (
         "block_size", "kind", "wish", "label", "secret", "policy", "shred_kind", "shred_params", "shred_secret",
+        "while_connected",
     ),
-    "unlock": ("volume", "cipher_dir", "secret", "for_s", "idle_s", "kind", "protector_id", "shred_secret"),
+    "unlock": (
+        "volume", "cipher_dir", "secret", "for_s", "idle_s", "kind", "protector_id", "shred_secret", "while_connected",
+    ),
+    "hold": ("volume_id", "while_connected"),
+    "release": ("volume_id",),
     "lock": ("volume_id",),
     "lock-path": ("path",),
     "locked": ("volume_id", "unwritten"),
@@ -106,6 +111,7 @@ class Clients:
             "deks": lambda: pick([0, 1, 16, 5000]),
             "directory": lambda: choose.random() < 0.5,
             "keep": lambda: choose.random() < 0.5,
+            "while_connected": lambda: choose.random() < 0.5,
             "ids": lambda: some(16 * choose.randrange(4)),
             "logs": lambda: some(24 * choose.randrange(4)),
             "gone": lambda: some(16 * choose.randrange(3)),

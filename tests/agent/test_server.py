@@ -227,6 +227,7 @@ CREATE: dict[str, Any] = {
     "shred_kind": "",
     "shred_params": {},
     "shred_secret": b"",
+    "while_connected": False,
 }
 UNLOCK: dict[str, Any] = {
     "volume": b"",
@@ -237,6 +238,7 @@ UNLOCK: dict[str, Any] = {
     "kind": "",
     "protector_id": b"",
     "shred_secret": b"",
+    "while_connected": False,
 }
 BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
     ("no-such-verb", {}),
@@ -261,6 +263,11 @@ BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
     ("unlock", UNLOCK | {"kind": b"fake"}),
     ("unlock", UNLOCK | {"protector_id": bytes(17)}),
     ("unlock", UNLOCK | {"shred_secret": None}),
+    ("unlock", UNLOCK | {"while_connected": 1}),
+    ("create", CREATE | {"while_connected": None}),
+    ("hold", {"volume_id": bytes(16)}),
+    ("hold", {"volume_id": bytes(15), "while_connected": True}),
+    ("release", {"volume_id": None}),
     ("shred", {"volume": "", "shred_secret": b""}),
     ("shred-check", {"volume": "", "shred_secret": b""}),
     ("shred-id", {"volume_id": b"v"}),
