@@ -139,6 +139,8 @@ def _show(report: Report, at: bytes = b"") -> None:
     if report.quarantine:
         ui.note(f"what could not be put in its place is in {ui.printable(report.quarantine.decode())} in the volume")
     for path, inner in sorted(report.of_domains.items()):
+        if path in report.shredded:
+            continue
         if inner is None:
             ui.note(f"domain {ui.printable(os.fsdecode(at + path))}: not checked, it is locked")
         else:

@@ -215,6 +215,7 @@ def domains_of(path: Path, given: Given) -> list[dict[str, Any]]:
 
 
 def _state(cipher_dir: Path, domain_id: bytes, states: dict[bytes, str]) -> str:
-    from cryptfs.ops.domains import domain_dir, was_shredded
+    from cryptfs.cli.volume_access import is_shredded
+    from cryptfs.ops.domains import domain_dir
 
-    return "shredded" if was_shredded(domain_dir(cipher_dir, domain_id)) else states.get(domain_id, "locked")
+    return "shredded" if is_shredded(domain_dir(cipher_dir, domain_id)) else states.get(domain_id, "locked")

@@ -58,6 +58,8 @@ def export(
         ui.warning(f"{os.fsdecode(where)}: extended attributes that could not be set: {shown}")
     for locked in out.locked:
         ui.warning(f"{os.fsdecode(locked)}: a domain that is locked: only its directory was copied")
+    for gone in out.shredded:
+        ui.note(f"{os.fsdecode(gone)}: a domain that was shredded: there is its directory, and nothing else to copy")
     if out.losses:
         ui.error(f"{len(out.losses)} entries were damaged")
         return Damaged.exit_code

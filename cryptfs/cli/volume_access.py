@@ -20,7 +20,8 @@ from cryptfs import paths
 from cryptfs.cli import mounts, ui
 from cryptfs.cli.located import cipher_dir_of
 from cryptfs.cli.protectors import Given
-from cryptfs.errors import CryptfsError, Damaged, NotAVolume, VolumeBusy, VolumeDamaged
+from cryptfs.errors import CryptfsError, Damaged, NotAVolume, StoreFailed, VolumeBusy, VolumeDamaged
+from cryptfs.fs.domain import was_shredded
 from cryptfs.keys.agent_client import AgentClient, open_agent
 from cryptfs.keys.cache import KeyCache
 from cryptfs.keys.clock import SystemClock
@@ -45,8 +46,8 @@ SETTLE_S = 10.0
 class Reached:
     """A volume whose key is at hand. `settle` is there if a daemon of this user has it mounted.
 
-    `domain` reaches a domain, given its volume id and the path of its place; None if it is locked. Raises `Damaged` if
-    it is not there or is another volume.
+    `domain` reaches a domain, given its volume id and the path of its place; None if it is locked or shredded. Raises
+    `Damaged` if it is not there or is another volume.
     """
 
     access: Access
@@ -121,6 +122,9 @@ async def _reached(
 
     @asynccontextmanager
     async def domain(domain_id: bytes, path: bytes) -> AsyncIterator[Reached | None]:
+        if is_shredded(domain_dir(cipher_dir, domain_id)):
+            yield None
+            return
         where, file = _domain(cipher_dir, domain_id)
         if not any(
             held.volume_id == domain_id and held.state == "unlocked" for held in (await client.status()).volumes
@@ -173,6 +177,22 @@ async def _attach(client: AgentClient, cipher_dir: Path, volume_file: bytes, *, 
             raise
         return False
     return True
+
+
+def is_shredded(cipher_dir: Path) -> bool:
+    """Whether the domain in `cipher_dir` was shredded (`fs.domain`). Raises `StoreFailed`."""
+    try:
+        store = LocalStore(cipher_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StoreFailed(f"{cipher_dir}: {error.strerror}") from error
+    try:
+        return was_shredded(store, store.root())
+    except OSError as error:
+        raise StoreFailed(f"{cipher_dir}: {error.strerror}") from error
+    finally:
+        store.close_store()
 
 
 def _domain(cipher_dir: Path, domain_id: bytes) -> tuple[Path, bytes]:

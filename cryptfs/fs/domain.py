@@ -24,6 +24,7 @@ from cryptfs.fs.context import FsContext, open_ours
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.volume import Volume
 from cryptfs.fs.xattr import open_set, seal_set
+from cryptfs.ports import Store
 from cryptfs.types import DOMAIN_ASIDE, DOMAIN_SHREDDED, DOMAINS_DIR, ID_BYTES, Kind
 
 DOMAINS, ASIDE, SHREDDED = DOMAINS_DIR.encode(), DOMAIN_ASIDE.encode(), DOMAIN_SHREDDED.encode()
@@ -68,7 +69,7 @@ def find_name(ctx: FsContext, domain_id: bytes) -> bytes:
 
 
 def is_shredded(ctx: FsContext, domain_id: bytes) -> bool:
-    """Whether `shred` destroyed the domain: it said so, and there is no `volume` file but one of zeros.
+    """Whether `shred` destroyed the domain, as `was_shredded` has it.
 
     Blocks. Raises OSError; a domain that is not there at all was not shredded.
     """
@@ -80,30 +81,35 @@ def is_shredded(ctx: FsContext, domain_id: bytes) -> bool:
 
 def is_shredded_at(ctx: FsContext, name: bytes) -> bool:
     """The same for a domain by its name in `domains/`."""
-    store = ctx.store
     try:
-        fd = store.open(domains_fd(ctx), name, os.O_RDONLY | os.O_DIRECTORY)
+        fd = ctx.store.open(domains_fd(ctx), name, os.O_RDONLY | os.O_DIRECTORY)
     except (FileNotFoundError, NotADirectoryError):
         return False
     try:
-        store.lstat(fd, SHREDDED)
-        return _is_gone(ctx, fd)
-    except (FileNotFoundError, Damaged):
-        return False
+        return was_shredded(ctx.store, fd)
     finally:
-        store.close(fd)
+        ctx.store.close(fd)
 
 
-def _is_gone(ctx: FsContext, fd: int) -> bool:
-    """Whether there is no `volume` file in the directory behind `fd`, or one that a crash left of its destruction."""
+def was_shredded(store: Store, fd: int) -> bool:
+    """Whether `shred` destroyed the domain in the directory behind `fd`: it said so, and there is no `volume` file.
+
+    One of zeros, which a crash leaves of its destruction, is none. Blocks. Raises OSError.
+    """
     try:
-        volume = open_ours(ctx.store, fd, b"volume", os.O_RDONLY)
+        store.lstat(fd, SHREDDED)
+    except FileNotFoundError:
+        return False
+    try:
+        volume = open_ours(store, fd, b"volume", os.O_RDONLY)
     except FileNotFoundError:
         return True
+    except Damaged:
+        return False
     try:
-        return not any(ctx.store.pread(volume, FILE_MAX_BYTES, 0))
+        return not any(store.pread(volume, FILE_MAX_BYTES, 0))
     finally:
-        ctx.store.close(volume)
+        store.close(volume)
 
 
 def put_in_place(ctx: FsContext, domain_id: bytes) -> None:

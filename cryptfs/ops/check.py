@@ -125,7 +125,7 @@ class Check:
             self.tally.measured = True
             nursery.cancel_scope.cancel()
         report.domains = self.domains
-        report.findings += check_domains.missing(ctx, self.domains)
+        report.findings += check_domains.placed(ctx, self.domains)
         if not self.live:
             self._check_links()
             self._check_leftovers()

@@ -12,17 +12,22 @@ from cryptfs.fs.context import FsContext
 from cryptfs.fs.domain import ASIDE, DOMAINS, SHREDDED, domains_fd, find_name, id_in_name, is_shredded_at
 from cryptfs.fs.reaper import remove_tree
 from cryptfs.names import DIR_LOG, DIR_LOG_NEW
+from cryptfs.ops.check_report import SHREDDED as REASON_SHREDDED
 from cryptfs.ops.check_report import Finding, Severity, What
 
 
-def missing(ctx: FsContext, places: dict[bytes, bytes]) -> list[Finding]:
-    """Places (path → domain's id) whose volume is not there. Raises OSError."""
+def placed(ctx: FsContext, places: dict[bytes, bytes]) -> list[Finding]:
+    """Places (path → domain's id) whose volume is not there, or was shredded. Raises OSError."""
     out = []
     for path, domain_id in places.items():
         try:
-            find_name(ctx, domain_id)
+            name = find_name(ctx, domain_id)
         except Damaged as error:
             out.append(Finding(Severity.DAMAGE, What.DOMAIN, path, error.reason, str(error), domain_id))
+            continue
+        if is_shredded_at(ctx, name):
+            detail = "by its owner: nothing in it can be read any more; `rmdir` of it in the mount removes it"
+            out.append(Finding(Severity.NOTICE, What.DOMAIN, path, REASON_SHREDDED, detail, domain_id))
     return out
 
 

@@ -8,6 +8,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+SHREDDED = "shredded"
+"""Reason of the notice that a domain was shredded."""
+
 
 class Severity(enum.StrEnum):
     """How much a finding matters.
@@ -159,7 +162,7 @@ class Report:
     domains: dict[bytes, bytes] = field(default_factory=dict)
     """Paths of domains' places -> the domain's volume id; what is in them is not in this report."""
     of_domains: dict[bytes, Report | None] = field(default_factory=dict)
-    """By path, the reports of those that were checked too; None: locked."""
+    """By path, the reports of those that were checked too; None: locked, or shredded."""
     quarantine: bytes = b""
     repaired: bool = False
     tally: Tally = field(default_factory=Tally)
@@ -175,6 +178,11 @@ class Report:
     def leftovers(self) -> list[Finding]:
         """Leftovers that were not removed."""
         return [f for f in self.findings if f.severity is Severity.LEFTOVER and not f.action]
+
+    @property
+    def shredded(self) -> set[bytes]:
+        """Paths of domains that were shredded."""
+        return {finding.path for finding in self.findings if finding.reason == SHREDDED}
 
     def with_domains(self) -> list[Report]:
         """This one and those of the domains that were checked."""

@@ -51,11 +51,6 @@ def say_shredded(cipher_dir: Path) -> None:
         raise StoreFailed(f"{path} cannot be made: {error.strerror}") from error
 
 
-def was_shredded(cipher_dir: Path) -> bool:
-    """Whether a domain's cipher directory says so, and has no `volume` file any more."""
-    return (cipher_dir / DOMAIN_SHREDDED).exists() and not (cipher_dir / "volume").exists()
-
-
 def _id(name: str) -> bytes | None:
     try:
         domain_id = bytes.fromhex(name)

@@ -19,6 +19,7 @@ from cryptfs.errors import Damaged, UsageError, VolumeDamaged, VolumeLocked
 from cryptfs.format.sidecar import Sealed
 from cryptfs.fs.attr_log import find_attr_log
 from cryptfs.fs.context import FsContext
+from cryptfs.fs.domain import is_shredded
 from cryptfs.fs.symlink import read_target
 from cryptfs.fs.xattr import open_set
 from cryptfs.names import tree_name
@@ -52,7 +53,7 @@ class Reached(Protocol):
 
 
 OpenDomain = Callable[[bytes, bytes], AbstractAsyncContextManager["Reached | None"]]
-"""Reaches a domain, given its volume id and its place's path; None if it is locked. Raises `Damaged`."""
+"""Reaches a domain, given its volume id and its place's path; None if it is locked or shredded. Raises `Damaged`."""
 
 _TRIES = 3
 """How often something of a mounted volume is looked at before it counts as damaged."""
@@ -75,13 +76,14 @@ class Exported:
     """The outcome. `left_out`: special files that this user may not make.
 
     `xattrs_left_out`: (path, names) of extended attributes that could not be set on the copy.
-    `locked`: domains of which the copy has the directory only.
+    `locked`: domains of which the copy has the directory only; `shredded`: likewise, and there is nothing else.
     """
 
     losses: list[Loss] = field(default_factory=list)
     left_out: list[bytes] = field(default_factory=list)
     xattrs_left_out: list[tuple[bytes, list[bytes]]] = field(default_factory=list)
     locked: list[bytes] = field(default_factory=list)
+    shredded: list[bytes] = field(default_factory=list)
 
     def add(self, path: bytes, inner: Exported) -> None:
         """What came of the domain at `path`."""
@@ -93,6 +95,7 @@ class Exported:
         self.left_out += map(there, inner.left_out)
         self.xattrs_left_out += [(there(below), names) for below, names in inner.xattrs_left_out]
         self.locked += map(there, inner.locked)
+        self.shredded += map(there, inner.shredded)
 
 
 @dataclass(slots=True)
@@ -156,7 +159,8 @@ class _Export:
                 found = await self._look(fd, dir_id, here)
                 if found.domain:
                     if not await self._domain(found.domain, here, b"/" + b"/".join(parts[at:]), dest):
-                        raise VolumeLocked(f"{os.fsdecode(here)} is a domain, and locked")
+                        state = "shredded: nothing opens it" if is_shredded(self.ctx, found.domain) else "locked"
+                        raise VolumeLocked(f"{os.fsdecode(here)} is a domain, and {state}")
                     return
                 placed = next((p for p in found.placed if p.name == name), None)
                 here = join(here, name)
@@ -234,7 +238,7 @@ class _Export:
             self.ctx.store.close(fd)
             raise
         if found.domain:
-            self.out.locked.append(path)
+            (self.out.shredded if is_shredded(self.ctx, found.domain) else self.out.locked).append(path)
         levels.append(_Level(fd, path, dest, st, [], await self._xattrs(path, dir_id, found.xattrs)))
         for absent in found.absent:
             self._lose(absent.path, absent.finding.reason, None)
@@ -244,7 +248,7 @@ class _Export:
         levels[-1].todo = found.placed
 
     async def _domain(self, domain_id: bytes, place: bytes, path: bytes, dest: bytes) -> bool:
-        """Copy `path` in the domain; False if it is locked. Raises `Damaged` if it is not there, or not itself."""
+        """Copy `path` in the domain; False if nobody can. Raises `Damaged` if it is not there, or not itself."""
         if self._domains is None:
             return False
         async with self._domains(domain_id, place) as domain:

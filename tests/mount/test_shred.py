@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from tests.softhsm import MODULE, PIN, SoftHsm
 
 SHRED_SECRET_MISSING = 29
 BUSY = 14
+LOCKED = 17
+DAMAGED = 21
 DENIED = 23
 BACKEND_AWAY = 30
 NOT_A_VOLUME = 10
@@ -307,6 +310,39 @@ def test_a_shredded_domain_that_is_not_open_goes_as_well_and_its_copies_do_not(b
     assert wait_until(lambda: not os.listdir(bare.vault / "domains"), 10)
     bare.umount()
     assert "clean" in bare.run("check", bare.vault).stdout
+
+
+@pytest.mark.parametrize("left", ["nothing", "zeros"])
+def test_everybody_says_that_a_domain_was_shredded_and_calls_nothing_damaged(bare: Box, left: str) -> None:
+    """`left`: of its `volume` file; zeros if a crash came before its name went."""
+    bare.init()
+    bare.mount()
+    domain_in(bare)
+    bare.umount()
+    [inner] = (bare.vault / "domains").iterdir()
+    size = (inner / "volume").stat().st_size
+    bare.run("shred", "--yes", bare.vault, "payroll")
+    if left == "zeros":
+        (inner / "volume").write_bytes(bytes(size))
+    assert [row["state"] for row in domains(bare)] == ["shredded"]
+    for options in ((), ("--deep",), ("--repair",)):
+        report = json.loads(bare.run("check", *options, "--json", bare.vault).stdout)
+        assert report["result"] == "clean"
+        [finding] = report["findings"]
+        assert (finding["severity"], finding["what"], finding["path"], finding["reason"]) == (
+            "notice", "domain", "/payroll", "shredded",
+        )  # fmt: skip
+        assert finding["id"] == inner.name
+        assert [domain["report"] for domain in report["domains"]] == [None]
+    said = bare.run("check", bare.vault)
+    assert "shredded (by its owner" in said.stdout
+    assert "locked" not in said.stderr
+    assert "shredded" in bare.run("export", bare.vault, "/", bare.root / "copy").stderr
+    assert sorted(os.listdir(bare.root / "copy")) == ["menu", "payroll"]
+    assert "shredded" in bare.run("export", bare.vault, "/payroll/salaries", bare.root / "one", code=LOCKED).stderr
+    # Its directory alone proves nothing: without the word that `shred` leaves it is damage.
+    (inner / "shredded").unlink()
+    bare.run("check", bare.vault, code=DAMAGED)
 
 
 def test_a_daemon_killed_after_removing_a_shredded_domain(bare: Box) -> None:
