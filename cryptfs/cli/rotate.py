@@ -76,6 +76,7 @@ def rotate(  # noqa: PLR0913 - one parameter per option
     others = kept.kept(read_volume(cipher_dir), keep)
     unfinished, wanted = kek and rotating.is_unfinished(cipher_dir), kek
     with rotating.unlocked(cipher_dir, given, secret_wanted=kek) as secret:
+        rotating.check_in_use(cipher_dir)
         if unfinished:
             ui.note("an earlier rotation may not be finished: going on with that one")
             # If there was nothing left to do, it was finished, and this call is about another one.
@@ -120,14 +121,17 @@ def _show(cipher_dir: Path, *, as_json: bool) -> int:
 
     volume = read_volume(cipher_dir)
     known = rotating.known(volume)
+    attached = known is not None and known.attached
     report = known.report if known is not None and known.attached else None
+    # The agent may have been killed while it was mounted: its daemon is there all the same.
+    mounted_on = None if attached else rotating.served_on(cipher_dir)
     older = older_versions(volume)
     if as_json:
         ui.out_json(
             {
                 "kek_version": volume.kek_version,
                 "older_versions": older,
-                "mounted": known is not None and known.attached,
+                "mounted": attached or mounted_on is not None,
                 "state": None if report is None else report.state,
                 "done": None if report is None else report.done,
                 "total": None if report is None else report.total,
@@ -141,7 +145,14 @@ def _show(cipher_dir: Path, *, as_json: bool) -> int:
     held = f", older ones held: {', '.join(map(str, older))}" if older else ""
     ui.out(f"key version {volume.kek_version}{held}")
     if report is None:
-        if older:
+        if mounted_on is not None:
+            ui.out(
+                f"mounted on {mounted_on}, whose daemon has no key agent: nothing is rewritten until it is unlocked "
+                "again (`cryptfs unlock DIR`) and something in the mount is looked at"
+            )
+        elif attached and older:
+            ui.out("mounted: its daemon has not said yet how far it is")
+        elif older:
             ui.out("not mounted: `cryptfs rotate DIR --kek`, or the next mount, goes on with what is not rewritten")
         return 0
     ui.out(f"{report.state}: {report.done} of {report.total} rewritten, {report.failed} failed")

@@ -229,6 +229,20 @@ def destroy_older(cipher_dir: Path) -> None:
         edit.change(lambda client, data: destroy_keks(client, volume_id, data), lambda: None)
 
 
+def check_in_use(cipher_dir: Path) -> None:
+    """Have the agent look at the `volume` file as it is, and its daemon told of it, before anybody waits for that.
+
+    Where an earlier call was killed before it could say so, this says it. Raises `VolumeDamaged` (somebody edited the
+    file), `RolledBack`, `VolumeLocked`, `VolumeBusy` (another process is changing it).
+    """
+    from cryptfs.cli.volume_edit import Edit
+    from cryptfs.keys.edit_requests import commit
+
+    volume_id = _read(cipher_dir).volume_id
+    with Edit.of(cipher_dir) as edit:
+        key_agent.ask(lambda client: commit(client, volume_id, edit.data))
+
+
 # rewriting ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +264,19 @@ def _mounted_on(cipher_dir: Path) -> Path | None:
         return daemon.mountpoint
     held = key_agent.find(_read(cipher_dir).volume_id)
     return Path(held.mountpoint or "/") if held is not None and held.daemon_pid is not None else None
+
+
+def served_on(cipher_dir: Path) -> Path | None:
+    """Where a daemon that the agent does not know has the volume or, if it is a domain, the volume it is in."""
+    from cryptfs.cli import mounts
+    from cryptfs.ops.domains import is_domain
+
+    daemon = mounts.daemon_of_volume(cipher_dir)
+    if daemon is None and is_domain(cipher_dir):
+        daemon = mounts.daemon_of_volume(cipher_dir.parent.parent)
+    if daemon is None or any(held.daemon_pid == daemon.pid for held in key_agent.held()):
+        return None
+    return daemon.mountpoint
 
 
 def _rewrite_here(cipher_dir: Path, given: Given) -> Outcome:

@@ -27,11 +27,20 @@ def content(number: int) -> bytes:
 
 
 def populate(top: Path, files: int = FILES) -> None:
-    """Files in directories, symlinks, an xattr each, a hard link."""
+    """Files in directories, some of them with twins, symlinks, an xattr each, a hard link."""
     for number in range(files):
         path = path_of(top, number)
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content(number))
+        if number % 4 == 1:
+            with path.open("wb") as file:
+                file.write(bytes(len(content(number))))
+                file.flush()
+                # What is written from here on goes to the other home.
+                os.fsync(file.fileno())
+                file.seek(0)
+                file.write(content(number))
+        else:
+            path.write_bytes(content(number))
         if number % 5 == 0:
             os.symlink(f"target {number}", path.with_suffix(".link"))
         if number % 7 == 0:
@@ -56,9 +65,9 @@ def look(top: Path, files: int = FILES) -> None:
 
 
 def data_files(vault: Path) -> dict[str, tuple[bytes, int]]:
-    """Name, content and time of change of all data files."""
+    """Name, content and time of change of all data files and twins: all that holds data, encrypted."""
     out = {}
-    for path in sorted((vault / "tree").rglob("*")):
+    for path in sorted([*(vault / "tree").rglob("*"), *(vault / "sidecars").rglob("*.twin")]):
         if path.name != ".dir" and path.is_file() and not path.is_symlink():
             out[str(path)] = (path.read_bytes(), path.stat().st_mtime_ns)
     return out

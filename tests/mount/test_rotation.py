@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cryptfs.format.volume import encode_volume, parse_volume, split_mac
 from tests.mount.box import PASSPHRASE, Box
 from tests.mount.rotating import at_work, data_files, look, populate, somebody_there, status, wait_for
 from tests.reference.trees import reference_decrypt
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
+
+KILLED = """
+import os, signal, sys
+from cryptfs.cli.volume_edit import Edit
+
+class Killed(Edit):
+    def replace(self, data):
+        super().replace(data)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+from cryptfs.cli import volume_edit
+volume_edit.Edit = Killed
+from cryptfs.cli.main import main
+sys.exit(main())
+"""
 
 KILLS = 4
 FILES = 100
@@ -31,6 +51,7 @@ def test_under_load_nothing_changes_and_an_old_volume_file_opens_nothing(mounted
     (box.clear / "gone").unlink()
     os.fsync(kept.fileno())
     before = data_files(box.vault)
+    assert [path for path, (raw, _) in before.items() if path.endswith(".twin") and any(raw)]
     old = (box.vault / "volume").read_bytes()
     with at_work(box.clear) as work:
         box.run("rotate", box.vault, "--kek", "--destroy-old")
@@ -82,6 +103,7 @@ def rounds_of_kills(box: Box, kills: int, seed: int, files: int) -> int:
     populate(box.clear, files)
     box.umount()
     before = data_files(box.vault)
+    assert [path for path, (raw, _) in before.items() if path.endswith(".twin") and any(raw)]
     box.mount()
     for number in range(kills):
         shown = status(box)
@@ -187,3 +209,61 @@ def test_a_read_only_mount_leaves_it_to_a_later_one(box: Box) -> None:
     assert "read-only" in box.run("rotate", box.vault, "--destroy-old", code=19).stderr
     box.remount()
     assert wait_for(box, "done")["left"] == 0
+
+
+def test_status_of_a_mount_whose_agent_was_killed(mounted: Box) -> None:
+    box = mounted
+    populate(box.clear)
+    box.run("rotate", box.vault, "--kek")
+    box.kill_agent()
+    assert {name: status(box)[name] for name in ("mounted", "state", "older_versions")} == {
+        "mounted": True, "state": None, "older_versions": [1],
+    }  # fmt: skip
+    said = box.run("rotate", box.vault, "--status").stdout
+    assert f"mounted on {box.clear}" in said
+    assert "not mounted" not in said
+    box.unlock()
+    look(box.clear)
+    assert wait_for(box, "done")["mounted"] is True
+    assert "done" in box.run("rotate", box.vault, "--status").stdout
+    box.umount()
+    assert "not mounted" in box.run("rotate", box.vault, "--status").stdout
+
+
+def test_a_volume_file_that_somebody_edited_while_it_is_mounted_is_damaged_at_once(mounted: Box) -> None:
+    """It says that there is another KEK version, which no daemon would ever come to."""
+    box = mounted
+    populate(box.clear, 3)
+    path = box.vault / "volume"
+    good = path.read_bytes()
+    volume = parse_volume(good)
+    [protector] = volume.protectors
+    [kek] = protector.keks
+    more = replace(protector, keks=(kek, replace(kek, kek_version=2)))
+    key = replace(volume.volume_key, kek_version=2)
+    edited = encode_volume(replace(volume, kek_version=2, volume_key=key, protectors=(more,))) + split_mac(good)[1]
+    path.write_bytes(edited)
+    assert parse_volume(path.read_bytes()).kek_version == 2
+    begun = time.monotonic()
+    for words in (("--kek",), ("--destroy-old",), ("--kek", "--background")):
+        assert "MAC" in box.run("rotate", box.vault, *words, code=11).stderr
+        assert path.read_bytes() == edited
+    assert time.monotonic() - begun < 30, "three times nothing to be waited for"
+    path.write_bytes(good)
+    look(box.clear, 3)
+
+
+def test_a_new_version_that_the_agent_was_not_told_of_is_gone_on_with(mounted: Box) -> None:
+    """As a `rotate` leaves it that is killed between putting the file in its place and saying so."""
+    box = mounted
+    populate(box.clear)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, "rotate", str(box.vault), "--kek"],
+        env={**box.environment, "CRYPTFS_PASSPHRASE": PASSPHRASE}, stdin=subprocess.DEVNULL, check=False, timeout=90,
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL
+    assert (status(box)["kek_version"], status(box)["older_versions"]) == (2, [1])
+    assert status(box)["state"] is None, "nobody has told the daemon"
+    assert "going on" in box.run("rotate", box.vault, "--kek", "--destroy-old").stderr
+    assert status(box)["older_versions"] == []
+    look(box.clear)
