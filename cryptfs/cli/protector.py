@@ -108,7 +108,11 @@ def change(dir: Path, name: str, *, new: NewProtector, given: Given) -> None:  #
             ),
             lambda: made.kept(volume.volume_id),
         )
-    _say_what_stays(cipher_dir, "the old secret")
+    if old.kind != protectors.PKCS11:
+        _say_what_stays(cipher_dir, "the old secret")
+    elif _root_key(protectors.named(read_volume(cipher_dir), old.protector_id.hex())) != _root_key(old):
+        _say_what_stays(cipher_dir, f"the key that was {old.label!r}")
+        _say_what_the_token_keeps(old)
 
 
 @protector.command()
@@ -134,7 +138,7 @@ def remove(dir: Path, name: str, *, yes: bool, given: Given) -> None:  # noqa: A
         )
     _say_what_stays(cipher_dir, f"what opened {gone.label!r}")
     if gone.kind == protectors.PKCS11:
-        ui.note("the root key stays in the token; destroy it there if no other volume needs it")
+        _say_what_the_token_keeps(gone)
 
 
 def _like(new: NewProtector, old: Protector) -> NewProtector:
@@ -173,6 +177,23 @@ def _say_what_stays(cipher_dir: Path, secret: str) -> None:
     ui.warning(
         f"{secret} still opens every old copy of {cipher_dir / 'volume'} (backups, snapshots), and with it what the "
         "volume holds today, until `cryptfs rotate --kek --destroy-old` is done"
+    )
+
+
+def _root_key(token: Protector) -> tuple[object, object]:
+    """Which key in which token."""
+    return token.params.get("token_serial"), token.params.get("key_id")
+
+
+def _say_what_the_token_keeps(gone: Protector) -> None:
+    """Nothing here ever deletes a key in a token: other volumes may have a protector of the same one."""
+    from cryptfs.format.protectors import parse_pkcs11
+
+    params = parse_pkcs11(gone.params)
+    key, token = params.key_id.hex(), ui.printable(repr(params.token_label))
+    ui.note(
+        f"the root key {key} stays in the token {token}; destroy it there if nothing else needs it: "
+        f"`pkcs11-tool --login --delete-object --type secrkey --id {key}`"
     )
 
 

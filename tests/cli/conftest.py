@@ -20,6 +20,7 @@ from cryptfs.cli.mounts import wait_until
 from tests.cli.terminal import Terminal
 from tests.conftest import XdgDirs
 from tests.processes import processes_with
+from tests.softhsm import SoftHsm
 
 TIMEOUT_S = 90.0
 PASSPHRASE = "correct horse battery staple 7"
@@ -110,3 +111,18 @@ def cryptfs(xdg_dirs: XdgDirs, short_tmp: Path) -> Iterator[Cryptfs]:
     yield command
     if command.agent_pids():
         command.run("agent", "stop", code=None)
+
+
+@pytest.fixture
+def token(cryptfs: Cryptfs) -> SoftHsm:
+    """A SoftHSM with the token `card`, and an agent.toml that names it."""
+    hsm = SoftHsm(cryptfs.root / "hsm").set_up()
+    hsm.make_token("card")
+    agent_toml().write_text(hsm.agent_toml())
+    return hsm
+
+
+def agent_toml() -> Path:
+    path = Path(paths.config_path(), "agent.toml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from cryptfs import paths
 from cryptfs.format.recovery_key import from_text, to_text
-from tests.cli.conftest import PASSPHRASE, Cryptfs
+from tests.cli.conftest import PASSPHRASE, Cryptfs, agent_toml
 from tests.softhsm import MODULE, PIN, SoftHsm
 
 NEW = "another passphrase 8"
@@ -289,21 +288,6 @@ def test_on_a_full_disk_everything_stays_as_it_was(cryptfs: Cryptfs, vault: Path
 # ------------------------------------------------------------------------------------------------------ tokens
 
 
-@pytest.fixture
-def token(cryptfs: Cryptfs) -> SoftHsm:
-    """A SoftHSM with the token `card`, and an agent.toml that names it."""
-    hsm = SoftHsm(cryptfs.root / "hsm").set_up()
-    hsm.make_token("card")
-    agent_toml().write_text(hsm.agent_toml())
-    return hsm
-
-
-def agent_toml() -> Path:
-    path = Path(paths.config_path(), "agent.toml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def test_a_token(cryptfs: Cryptfs, vault: Path, token: SoftHsm) -> None:
     add(cryptfs, vault, "--kind", "pkcs11", "--token", "card", env={"CRYPTFS_NEW_PIN": PIN})
     params = protectors(cryptfs, vault)["pkcs11"]["params"]
@@ -337,10 +321,19 @@ def test_init_with_a_token_and_a_changed_key(cryptfs: Cryptfs, token: SoftHsm) -
     cryptfs.run("init", vault, "--protector", "pkcs11", "--token", "card", "--module", MODULE, env=pin)
     before = protectors(cryptfs, vault)["pkcs11"]["params"]
     opens(cryptfs, vault, env=pin)
-    cryptfs.run("protector", "change", vault, "pkcs11", env={**pin, "CRYPTFS_NEW_PIN": PIN})
+    said = cryptfs.run("protector", "change", vault, "pkcs11", env={**pin, "CRYPTFS_NEW_PIN": PIN}).stderr
+    assert f"the root key {before['key_id']} stays in the token 'card'" in said
+    assert "every old copy" in said
     after = protectors(cryptfs, vault)["pkcs11"]["params"]
     assert after["key_id"] != before["key_id"]
     assert after["token_serial"] == before["token_serial"]
+    # And back: of a key that goes on being used nothing is said.
+    words = ("protector", "change", vault, "pkcs11", "--key-id")
+    said = cryptfs.run(*words, before["key_id"], env={**pin, "CRYPTFS_NEW_PIN": PIN}).stderr
+    assert f"the root key {after['key_id']} stays" in said
+    said = cryptfs.run(*words, before["key_id"], "--label", "card", env={**pin, "CRYPTFS_NEW_PIN": PIN}).stderr
+    assert "stays" not in said
+    cryptfs.run("protector", "change", vault, "card", "--label", "pkcs11", env={**pin, "CRYPTFS_NEW_PIN": PIN})
     opens(cryptfs, vault, env=pin)
     assert (
         "wrong PIN"

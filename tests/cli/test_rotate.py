@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import PASSPHRASE, Cryptfs
+from tests.softhsm import PIN, SoftHsm
 
 
 def shown(cryptfs: Cryptfs, vault: Path) -> dict[str, Any]:
@@ -129,6 +130,43 @@ def test_all_protectors_are_carried_over_without_a_terminal(cryptfs: Cryptfs, va
     cryptfs.run("rotate", vault, "--kek", "--keyfile", files["stick"], *keep[:2], "--drop-others")
     assert labels(cryptfs, vault) == ["second", "st=ick"]
     cryptfs.run("lock", vault)
+
+
+def test_a_token_is_carried_over_by_its_pin(cryptfs: Cryptfs, vault: Path, token: SoftHsm) -> None:
+    pin, wrong, first = (cryptfs.root / name for name in ("pin", "wrong pin", "first"))
+    for path, secret in ((pin, PIN), (wrong, "000000"), (first, PASSPHRASE)):
+        path.write_text(secret + "\n")
+        path.chmod(0o600)
+    cryptfs.run(
+        "protector", "add", vault, "--kind", "pkcs11", "--token", "card", "--label", "card", passphrase=PASSPHRASE,
+        env={"CRYPTFS_NEW_PIN": PIN},
+    )  # fmt: skip
+    before = (vault / "volume").read_bytes()
+    said = cryptfs.run("rotate", vault, "--kek", "--keep", f"card={wrong}", passphrase=PASSPHRASE, code=13).stderr
+    assert "wrong PIN" in said
+    assert (vault / "volume").read_bytes() == before
+    cryptfs.run("rotate", vault, "--kek", "--destroy-old", "--keep", f"card={pin}", passphrase=PASSPHRASE)
+    assert (shown(cryptfs, vault)["kek_version"], shown(cryptfs, vault)["older_versions"]) == (2, [])
+    # The other way round: opened by the token, which stays open meanwhile, and the passphrase from a file.
+    with_pin = {"CRYPTFS_PIN": PIN}
+    cryptfs.run("rotate", vault, "--kek", "--destroy-old", "--keep", f"passphrase={first}", env=with_pin)
+    assert labels(cryptfs, vault) == ["passphrase", "card"]
+    for env in (with_pin, {"CRYPTFS_PASSPHRASE": PASSPHRASE}):
+        cryptfs.run("unlock", vault, env=env)
+        # A PIN from a descriptor, of a token that is in use or not.
+        with pin.open("rb") as file:
+            keep = ("--keep", f"card=/dev/fd/{file.fileno()}")
+            cryptfs.run("rotate", vault, "--kek", *keep, passphrase=PASSPHRASE, pass_fds=(file.fileno(),))
+        cryptfs.run("lock", vault)
+    assert labels(cryptfs, vault) == ["passphrase", "card"]
+    cryptfs.run("unlock", vault, env=with_pin)
+    cryptfs.run("rotate", vault, "--destroy-old")
+    assert (shown(cryptfs, vault)["kek_version"], shown(cryptfs, vault)["older_versions"]) == (5, [])
+    cryptfs.run("lock", vault)
+    token.delete_token("card")
+    said = cryptfs.run("rotate", vault, "--kek", "--keep", f"card={pin}", passphrase=PASSPHRASE, code=30).stderr
+    assert "is not there" in said
+    assert shown(cryptfs, vault)["kek_version"] == 5
 
 
 def test_what_keep_refuses(cryptfs: Cryptfs, vault: Path) -> None:
