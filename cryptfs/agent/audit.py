@@ -89,6 +89,8 @@ class Auditor:
         self._files_kept = files_kept
         self._agent: AuditLog | None = None
         self._volumes: dict[bytes, AuditLog] = {}
+        self._ephemeral: set[bytes] = set()
+        """Unlocked volumes without a log of their own."""
         self._opening = trio.Lock()
         self._missed = 0
         self.trouble: str | None = None
@@ -145,6 +147,13 @@ class Auditor:
                 raise
             self._volumes[volume_id] = opened
 
+    def opened_without_log(self, volume_id: bytes) -> None:
+        """An ephemeral volume is about to be unlocked: its lines go to the agent's log.
+
+        Once its KEK is gone nobody could verify a log of its own, and each mount would leave one for ever.
+        """
+        self._ephemeral.add(volume_id)
+
     def reseal(self, volume_id: bytes, kek_version: int, keks: Mapping[int, Secret]) -> None:
         """The volume's KEKs are held elsewhere now."""
         opened = self._volumes.get(volume_id)
@@ -168,6 +177,9 @@ class Auditor:
 
     def close_volume(self, volume_id: bytes, verb: str) -> None:
         """The volume's KEK is about to be forgotten: end its log, and say in the agent's where. Never raises."""
+        if volume_id in self._ephemeral:
+            self._ephemeral.discard(volume_id)
+            self.event(verb, volume_id=volume_id)
         if volume_id not in self._volumes:
             return
         self.event(verb, volume_id=volume_id)
@@ -197,7 +209,7 @@ class Auditor:
 
     def close(self) -> None:
         """End every log."""
-        for volume_id in list(self._volumes):
+        for volume_id in [*self._volumes, *self._ephemeral]:
             self.close_volume(volume_id, "forget")
         if self._agent is not None:
             self.event("end", detail={"pid": os.getpid()})

@@ -158,6 +158,13 @@ class Record:
         except OSError as error:
             raise FreshnessUnavailable(f"the freshness record {path} cannot be used: {error.strerror}") from error
 
+    @classmethod
+    def in_memory(cls, volume_id: bytes) -> Record:
+        """One that is gone with this process, as the volume's KEK is. Blocks for a moment."""
+        disk = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+        _fill(disk, volume_id)
+        return cls(":memory:", disk, Seen())
+
     def write(self, changes: Changes, now_s: int) -> None:
         """Make changes durable, all or none. Blocks. Raises `FreshnessUnavailable`."""
         try:
@@ -207,11 +214,16 @@ class Records:
         self.directory = directory
         self._clock = clock
         self._open: dict[bytes, Record] = {}
+        self._ephemeral: set[bytes] = set()
         self._busy = trio.Lock()
 
     def get(self, volume_id: bytes) -> Record | None:
         """The volume's record, if it is open."""
         return self._open.get(volume_id)
+
+    def only_in_memory(self, volume_id: bytes) -> None:
+        """Of a volume whose KEK is never stored: nothing of its record either, until it is locked for good."""
+        self._ephemeral.add(volume_id)
 
     def would_vanish_under(self, mountpoint: str) -> bool:
         """Whether a mount there would cover the directory. By name only: nothing is touched."""
@@ -226,7 +238,10 @@ class Records:
     async def _opened(self, volume_id: bytes) -> Record:
         record = self._open.get(volume_id)
         if record is None:
-            record = await trio.to_thread.run_sync(Record.open, self.directory, volume_id)
+            if volume_id in self._ephemeral:
+                record = await trio.to_thread.run_sync(Record.in_memory, volume_id)
+            else:
+                record = await trio.to_thread.run_sync(Record.open, self.directory, volume_id)
             self._open[volume_id] = record
         return record
 
@@ -249,7 +264,9 @@ class Records:
     async def close_but(self, wanted: Iterable[bytes]) -> None:
         """Close all records but those of the `wanted` volumes."""
         async with self._busy:
-            for volume_id in self._open.keys() - set(wanted):
+            keep = set(wanted)
+            self._ephemeral &= keep
+            for volume_id in self._open.keys() - keep:
                 await trio.to_thread.run_sync(self._open.pop(volume_id).close)
 
 
@@ -262,10 +279,14 @@ def _create(path: str, volume_id: bytes) -> None:
     # The file is made first, because SQLite would make it with the umask's mode.
     os.close(os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     with contextlib.closing(sqlite3.connect(fresh, isolation_level=None)) as database:
-        database.executescript(_SCHEMA)
-        database.execute("INSERT INTO volume VALUES (1, ?, 0, 0, 0)", (volume_id,))
+        _fill(database, volume_id)
     os.rename(fresh, path)
     durable.sync_directory(os.path.dirname(path))
+
+
+def _fill(database: sqlite3.Connection, volume_id: bytes) -> None:
+    database.executescript(_SCHEMA)
+    database.execute("INSERT INTO volume VALUES (1, ?, 0, 0, 0)", (volume_id,))
 
 
 def _connect(path: str) -> sqlite3.Connection:

@@ -18,6 +18,7 @@ from cryptfs.agent import args as arg
 from cryptfs.agent.args import Args
 from cryptfs.agent.attempts import Attempts
 from cryptfs.agent.audit import Auditor
+from cryptfs.agent.freshness import Records
 from cryptfs.agent.locking import TIME_MAX_S, Terms
 from cryptfs.agent.policies import terms_of
 from cryptfs.agent.recording import Peer
@@ -36,11 +37,12 @@ from cryptfs.types import ID_BYTES
 class Opening:
     """`verbs` by name."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the verbs work on
         self, *, volumes: Volumes, audit: Auditor, providers: Providers, places: ShredPlaces, threads: Threads,
-        random: Random, clock: Clock, attempts: Attempts,
+        random: Random, clock: Clock, attempts: Attempts, records: Records,
     ) -> None:  # fmt: skip
         self._volumes = volumes
+        self._records = records
         self._audit = audit
         self._providers = providers
         self._places = places
@@ -95,6 +97,8 @@ class Opening:
 
         unlocked = await self._threads.open_with(secret, create)
         await self._on_record(peer, "create", unlocked, {})
+        if unlocked.volume.ephemeral:
+            self._records.only_in_memory(volume_id)
         self._volumes.hold(unlocked, b"", Terms(), holder)
         return {"volume": unlocked.data}
 
@@ -137,7 +141,10 @@ class Opening:
             await self._volumes.locks.settled(volume_id)
             held = self._volumes.keyring.holds(volume_id)
             try:
-                await self._audit.open_volume(volume_id, unlocked.volume.kek_version, unlocked.keks)
+                if unlocked.volume.ephemeral:
+                    self._audit.opened_without_log(volume_id)
+                else:
+                    await self._audit.open_volume(volume_id, unlocked.volume.kek_version, unlocked.keks)
                 self._audit.unlocked(peer, verb, volume_id, said)
             except BaseException:
                 if not held:

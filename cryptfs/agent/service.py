@@ -68,7 +68,7 @@ class Service:
         locking = Locking(volumes, places, threads, self.stopping)
         opening = Opening(
             volumes=volumes, audit=audit, providers=providers, places=places, threads=threads, random=random,
-            clock=clock, attempts=attempts,
+            clock=clock, attempts=attempts, records=records,
         )  # fmt: skip
         editing = Editing(
             keyring=volumes.keyring, records=records, audit=audit, attached=volumes.attached, providers=providers,

@@ -79,6 +79,9 @@ async def _verify(client: AgentClient, directory: str, volume_id: bytes | None) 
                 raise
             outcome.locked.append(log_id.hex())
     verdicts = {log_id: judge(log_id, reports) for log_id, reports in logs.items()}
+    for log_id, reports in logs.items():
+        if not reports:
+            verdicts[log_id].notes.append("it has no log: of an ephemeral volume, everything is in the agent's")
     gone = compare(logs, verdicts)
     outcome.verdicts = list(verdicts.values())
     present = log_names(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,14 @@ def check(options: MountOptions) -> None:
 def log_file(volume_id: bytes) -> Path:
     """Where the daemon of a volume (id of 16 bytes) writes its log; it never holds a secret."""
     return Path(paths.state_dir(), "log", f"{volume_id.hex()}.log")
+
+
+def remove_logs(volume_id: bytes) -> None:
+    """Remove what the daemon of a volume that nobody can mount any more has written there."""
+    first = log_file(volume_id)
+    for path in first.parent.glob(f"{first.name}*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def start(

@@ -25,6 +25,7 @@ def renew(cipher_dir: Path, volume: Volume, hold: Hold) -> bool:
     there. Raises `VolumeBusy` if it is mounted, `StoreFailed`, `AgentUnavailable`.
     """
     from cryptfs.cli import key_agent
+    from cryptfs.cli.daemon_process import remove_logs
     from cryptfs.keys.edit_requests import VolumeWish
     from cryptfs.store.local import LocalStore
 
@@ -39,6 +40,7 @@ def renew(cipher_dir: Path, volume: Volume, hold: Hold) -> bool:
         except BlockingIOError:
             raise VolumeBusy("the volume is mounted or being changed by another process") from None
         _remove_leftovers(cipher_dir)
+        remove_logs(volume.volume_id)
         key_agent.create_volume(cipher_dir, VolumeWish(volume.block_size, None), hold)
     finally:
         store.close_store()

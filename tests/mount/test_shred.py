@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cryptfs.cli.mounts import wait_until
+from cryptfs.format.volume import parse_volume
 from tests.mount.box import PASSPHRASE, Box, boxed
 from tests.mount.domains import domains
 from tests.mount.syscalls import refused
@@ -146,6 +147,31 @@ def test_an_ephemeral_volume_is_gone_with_its_mount(bare: Box) -> None:
     assert list(bare.clear.iterdir()) == []
     (bare.clear / "again").write_text("works")
     assert (bare.clear / "again").read_text() == "works"
+    bare.umount()
+
+
+def test_ephemeral_mounts_leave_nothing_of_their_own_in_the_state_directory(bare: Box) -> None:
+    bare.init("--ephemeral")
+    ids = []
+    for how in ("umount", "kill", "umount"):
+        bare.mount()
+        ids.append(parse_volume((bare.vault / "volume").read_bytes()).volume_id.hex())
+        (bare.clear / "scratch").write_bytes(b"for now" * 1000)
+        assert bare.run("audit", "verify").returncode == 0
+        if how == "kill":
+            bare.kill_agent()
+            bare.kill_daemon()
+        bare.run("umount", bare.clear)
+    state = bare.root / "s" / "cryptfs"
+    left = [str(path) for path in state.rglob("*")]
+    # Of the daemon's logs that of the last mount: the next one removes it.
+    assert [path for path in left if any(each in path for each in ids)] == [str(state / "log" / f"{ids[-1]}.log")]
+    shown = bare.run("audit", "show", "--json").stdout
+    assert all(each in shown for each in ids), "what was asked for is in the agent's log"
+    assert "agent: intact" in bare.run("audit", "verify").stdout
+    bare.mount()
+    verified = bare.run("audit", "verify", bare.vault)
+    assert "in the agent's" in verified.stdout + verified.stderr
     bare.umount()
 
 
