@@ -30,6 +30,8 @@ _BY_CLASS: dict[type[errors.CryptfsError], str] = {
 
 
 _BY_TEXT: dict[str, str] = {
+    # `fs.epoch`, whichever way.
+    "the volume's `state` ": "`cryptfs check DIR --repair` makes it anew from the rest of the volume",
     # What the agent says of a directory of its own (`agent.places`): no room there would help.
     "lies in the cryptfs mount": "have XDG_STATE_HOME name a directory outside of every cryptfs mount; then "
     "`cryptfs agent stop`",

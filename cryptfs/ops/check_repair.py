@@ -7,6 +7,7 @@ ciphertext in `damaged/`.
 Order, and what a crash after each step leaves (always a volume that opens; its epoch then did not end cleanly, so the
 next mount or repair settles it first, by the tree, like after any crash):
 
+0. A `state` that is lost is made anew (`lost_state`). One rename.
 1. An unclean volume, or one with crashed epochs, is settled by opening every directory and file the normal way, and
    left clean. A crash: the same volume, more of it settled.
 2. Sidecars that lie under each other's names are exchanged back, and those that an earlier repair took for orphans come
@@ -42,6 +43,7 @@ from cryptfs.ops.check_place import place_back
 from cryptfs.ops.check_report import Finding, Report, Severity, Tally, What
 from cryptfs.ops.check_rescue import Rescue
 from cryptfs.ops.check_restore import restore_sidecars
+from cryptfs.ops.lost_state import mend_state
 from cryptfs.ops.offline import Access, Looking, open_to_repair, shut
 from cryptfs.ops.quarantine import Quarantine, open_chain
 from cryptfs.types import Kind
@@ -55,6 +57,7 @@ async def repair_volume(access: Access, *, deep: bool = False, tally: Tally | No
     Raises `VolumeBusy` (mounted), `VolumeDamaged`, `StoreFailed` (it could not be left clean), OSError, key errors.
     """
     tally = tally or Tally()
+    state = await mend_state(access)
     looking = await open_to_repair(access)
     tmp, left_clean = looking.tmp, looking.left_clean
     try:
@@ -67,7 +70,10 @@ async def repair_volume(access: Access, *, deep: bool = False, tally: Tally | No
         looking.tmp = tmp
         started_s = time.monotonic()
         report = await Repair(looking, deep=deep, tally=tally).run()
-        report.left_clean, report.duration_s = left_clean, time.monotonic() - started_s
+        report.left_clean, report.duration_s = left_clean and state is None, time.monotonic() - started_s
+        if state is not None:
+            report.findings.insert(0, state)
+            report.repaired = True
     except BaseException:
         # Every step is whole or was taken back: the volume may be left as clean as it was.
         with trio.CancelScope(shield=True):

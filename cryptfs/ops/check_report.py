@@ -56,6 +56,8 @@ class What(enum.StrEnum):
     """What a crash left and the next mount settles by itself."""
     DOMAIN = "domain"
     """A domain's place without its volume, or a volume in `domains/` without a place."""
+    STATE = "state"
+    """The volume's own file of that name."""
     FOREIGN = "foreign"
     """A file in a place of the cipher directory where none of ours has that name."""
 
