@@ -27,9 +27,11 @@ demo: install  ## the main job on real input
 bench: install  ## cryptfs, gocryptfs and the plain directory side by side; ARGS='--quick' for a short run
 	$(PYTHON) -m scripts.bench $(ARGS)
 
-# Each worker has directories, agents and mounts of its own; ARGS='-n 0' runs everything in one process.
+# Each worker has directories, agents and mounts of its own; ARGS='-n 0' runs everything in one process. Twice as many
+# as processors: half of the time a test that mounts waits for a disk, a time-out or a program that ends.
+WORKERS := $(shell echo $$((2 * $$(nproc))))
 # Tests start some thousand Python programs: what each of them imports is compiled once, whatever the environment says.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n auto --dist worksteal
+PYTEST := PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 test: install  ## every test
 	$(PYTEST) -m 'not torture' $(ARGS)
