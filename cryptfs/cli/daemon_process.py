@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,33 +88,60 @@ def remove_logs(volume_id: bytes) -> None:
             path.unlink()
 
 
-def start(
-    cipher_dir: Path, mountpoint: Path, volume_id: bytes, options: MountOptions, *, foreground: bool
-) -> processes.Starting:
-    """A daemon whose mount answers; the caller lets it live (`leave`) or waits for it.
+@dataclass
+class Launch:
+    """A daemon to be started: `mounted`, and before that `ahead` while the key is brought in."""
 
-    Raises what the daemon reports, `MountpointUnusable` if the mount does not answer, `CryptfsError` if the daemon says
-    nothing.
-    """
-    log = log_file(volume_id)
-    arguments = ["--cipher-dir", str(cipher_dir), "--mountpoint", str(mountpoint)]
-    arguments += ["--agent-socket", paths.agent_socket(), *options.arguments()]
-    arguments += ["--foreground"] if foreground else ["--log-file", str(log)]
-    starting = processes.start(mounts.DAEMON_MODULE, arguments, log_file=None if foreground else log, settings=_MEMORY)
-    try:
-        line = starting.wait_ready(START_S)
-        if line == "ready":
-            _check_answers(mountpoint)
-            return starting
-        if line is None:
-            raise hinted(CryptfsError(f"the daemon was not ready within {START_S:.0f} s"), f"see {log}")
-    except BaseException:
-        with processes.ended_unless_left(starting):
+    cipher_dir: Path
+    mountpoint: Path
+    volume_id: bytes
+    options: MountOptions
+    foreground: bool
+    _held: processes.Starting | None = None
+
+    @contextlib.contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Its program is loaded beside what is done in the block, and touches nothing; if that fails, it is ended."""
+        starting = self._started(held=True)
+        try:
+            yield
+        except BaseException:
+            starting.give_up()
             raise
-    exit_code = starting.end()
-    raise processes.reported(line, exit_code) or hinted(
-        error_for(exit_code, "the daemon ended before it was ready"), f"see {log}"
-    )
+        self._held = starting
+
+    def mounted(self) -> processes.Starting:
+        """A daemon whose mount answers; the caller lets it live (`leave`) or waits for it.
+
+        Raises what the daemon reports, `MountpointUnusable` if the mount does not answer, `CryptfsError` if the daemon
+        says nothing.
+        """
+        starting, self._held = self._held or self._started(held=False), None
+        log = log_file(self.volume_id)
+        try:
+            starting.go()
+            line = starting.wait_ready(START_S)
+            if line == "ready":
+                _check_answers(self.mountpoint)
+                return starting
+            if line is None:
+                raise hinted(CryptfsError(f"the daemon was not ready within {START_S:.0f} s"), f"see {log}")
+        except BaseException:
+            with processes.ended_unless_left(starting):
+                raise
+        exit_code = starting.end()
+        raise processes.reported(line, exit_code) or hinted(
+            error_for(exit_code, "the daemon ended before it was ready"), f"see {log}"
+        )
+
+    def _started(self, *, held: bool) -> processes.Starting:
+        log = log_file(self.volume_id)
+        arguments = ["--cipher-dir", str(self.cipher_dir), "--mountpoint", str(self.mountpoint)]
+        arguments += ["--agent-socket", paths.agent_socket(), *self.options.arguments()]
+        arguments += ["--foreground"] if self.foreground else ["--log-file", str(log)]
+        return processes.start(
+            mounts.DAEMON_MODULE, arguments, log_file=None if self.foreground else log, settings=_MEMORY, held=held
+        )
 
 
 def _check_answers(mountpoint: Path) -> None:

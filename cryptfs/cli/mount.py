@@ -78,21 +78,21 @@ def _mount(cipher_dir: Path, mountpoint: Path, options: MountOptions, given: Giv
         raise VolumeBusy(f"the volume is mounted already, on {daemon.mountpoint}")
     mounts.check_usable(mountpoint, cipher_dir)
     mounts.check_dependencies()
+    launch = daemon_process.Launch(cipher_dir, mountpoint, volume.volume_id, options, foreground)
     with Hold() as hold:
         if volume.ephemeral:
             with ui.waiting("making the ephemeral volume"):
                 ephemeral.renew(cipher_dir, volume, hold)
-            volume = read_volume(cipher_dir)
+            launch.volume_id = read_volume(cipher_dir).volume_id
         else:
-            unlock_volume(cipher_dir, given, hold=hold)
+            # Much of the time it takes to mount goes into loading programs: the daemon's is loaded beside the agent's.
+            unlock_volume(cipher_dir, given, hold=hold, beside=launch.ahead)
         try:
             with ui.waiting(f"mounting {cipher_dir}"):
-                starting = daemon_process.start(
-                    cipher_dir, mountpoint, volume.volume_id, options, foreground=foreground
-                )
+                starting = launch.mounted()
         finally:
             # From here on the daemon has it unlocked, if it started.
-            hold.release(volume.volume_id)
+            hold.release(launch.volume_id)
     with processes.ended_unless_left(starting):
         _warn_of_damage(cipher_dir, mountpoint)
         if foreground:

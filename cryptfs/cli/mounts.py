@@ -261,8 +261,23 @@ def _daemon_of(pid: int) -> Daemon | None:
             values = dict(itertools.pairwise(words))
             wanted = ("--cipher-dir", "--mountpoint", "--agent-socket")
             if values.get("-m") == DAEMON_MODULE and all(name in values for name in wanted):
+                if _is_held(pid, values.get("--go-fd")):
+                    return None
                 return Daemon(pid, *(Path(values[name]) for name in wanted))
     return None
+
+
+def _is_held(pid: int, go_fd: str | None) -> bool:
+    """Whether the process waits for its command to bring a key in, and serves nothing (`daemon.process.may_go`).
+
+    One that does is readable, as it has nothing to hide yet; one that goes on makes itself non-dumpable.
+    """
+    if go_fd is None:
+        return False
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{go_fd}").startswith("pipe:")
+    except OSError:
+        return False
 
 
 def _effective_uid(pid: int) -> int | None:

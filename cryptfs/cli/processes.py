@@ -67,7 +67,27 @@ class Starting:
 
     process: subprocess.Popen[bytes]
     ready_fd: int
+    go_fd: int = -1
     is_left: bool = False
+
+    def go(self) -> None:
+        """Let a child that was started `held` begin."""
+        if self.go_fd >= 0:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: `wait_ready` finds out
+                os.write(self.go_fd, b"g")
+            self._close_go()
+
+    def give_up(self) -> None:
+        """End a child that was started `held` and is not wanted after all."""
+        self._close_go()
+        os.close(self.ready_fd)
+        self.process.kill()  # it has done nothing yet that would need an end
+        self.process.wait()
+
+    def _close_go(self) -> None:
+        fd, self.go_fd = self.go_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def wait_ready(self, timeout_s: float) -> str | None:
         """The line the child wrote, without its newline; "" if it ended without one; None if it took too long."""
@@ -115,36 +135,45 @@ def ended_unless_left(starting: Starting) -> Iterator[None]:
 
 
 def start(
-    module: str, arguments: Sequence[str], *, log_file: Path | None, settings: Mapping[str, str] | None = None
-) -> Starting:
+    module: str, arguments: Sequence[str], *, log_file: Path | None, settings: Mapping[str, str] | None = None,
+    held: bool = False,
+) -> Starting:  # fmt: skip
     """Run `module` with `--ready-fd N` added; its stderr goes to `log_file` (made with mode 0600), or to ours.
 
-    `settings`: variables it gets besides.
+    `settings`: variables it gets besides. `held`: with `--go-fd N`, too, on which it waits for `Starting.go` once it is
+    loaded; it ends if that never comes.
     """
     read_fd, write_fd = os.pipe()
+    wait_fd, go_fd = os.pipe() if held else (-1, -1)
+    passed = (write_fd, wait_fd) if held else (write_fd,)
     stderr = None
     try:
         if log_file is not None:
             log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             stderr = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         process = subprocess.Popen(
-            command_line(module, [*arguments, "--ready-fd", str(write_fd)]),
+            command_line(
+                module, [*arguments, "--ready-fd", str(write_fd), *(("--go-fd", str(wait_fd)) if held else ())]
+            ),
             env=clean_environment(os.environ) | dict(settings or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
-            pass_fds=(write_fd,),
+            pass_fds=passed,
             start_new_session=True,
             cwd="/",
         )
     except BaseException:
         os.close(read_fd)
+        if held:
+            os.close(go_fd)
         raise
     finally:
-        os.close(write_fd)
+        for fd in passed:
+            os.close(fd)
         if stderr is not None:
             os.close(stderr)
-    return Starting(process, read_fd)
+    return Starting(process, read_fd, go_fd)
 
 
 def reported(line: str, exit_code: int) -> CryptfsError | None:

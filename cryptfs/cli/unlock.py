@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,13 +43,14 @@ def unlock(
 
 
 def unlock_volume(
-    cipher_dir: Path, given: Given, *, for_s: int | None = None, idle_s: int | None = None, hold: Hold | None = None
-) -> bool:
+    cipher_dir: Path, given: Given, *, for_s: int | None = None, idle_s: int | None = None, hold: Hold | None = None,
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> bool:  # fmt: skip
     """Unlock the volume in `cipher_dir` (resolved); returns whether it was locked. `hold`: only as long as that lasts.
 
-    The secret is asked for only then, and a wrong one that was typed may be typed again (but no PIN). Raises
-    `NotAVolume`, `VolumeDamaged`, `UnsupportedFormat`, `WrongSecret`, `BackendUnavailable`, `Denied`,
-    `AgentUnavailable`, `UsageError`.
+    The secret is asked for only then, and a wrong one that was typed may be typed again (but no PIN). Each attempt is
+    made within a `beside()`, once its secret is at hand. Raises `NotAVolume`, `VolumeDamaged`, `UnsupportedFormat`,
+    `WrongSecret`, `BackendUnavailable`, `Denied`, `AgentUnavailable`, `UsageError`.
     """
     from cryptfs.cli import key_agent, shred_secret
     from cryptfs.cli.advice import hinted
@@ -69,7 +71,7 @@ def unlock_volume(
     choice = given.choose(volume)
 
     def use(secret: bytes) -> None:
-        with ui.waiting("unlocking"):
+        with ui.waiting("unlocking"), beside():
             key_agent.unlock(
                 volume_file, cipher_dir, secret, kind=choice.kind, protector_id=choice.protector_id,
                 shredding=shredding, for_s=for_s, idle_s=idle_s, hold=hold,

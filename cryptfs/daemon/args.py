@@ -29,6 +29,7 @@ class DaemonArgs:
     mountpoint: Path
     agent_socket: str
     ready_fd: int | None
+    go_fd: int | None
     log_file: Path | None
     read_only: bool
     overrides: Overrides
@@ -43,6 +44,7 @@ def parse(argv: Sequence[str]) -> DaemonArgs:
     parser.add_argument("--mountpoint", type=Path, required=True)
     parser.add_argument("--agent-socket", required=True)
     parser.add_argument("--ready-fd", type=int)
+    parser.add_argument("--go-fd", type=int)
     parser.add_argument("--log-file", type=Path)
     parser.add_argument("--foreground", action="store_true")
     parser.add_argument("--read-only", action="store_true")
@@ -62,7 +64,7 @@ def parse(argv: Sequence[str]) -> DaemonArgs:
     overrides = Overrides(given.max_age, given.max_entries, given.max_uses, given.caching)
     overrides.over(NO_POLICY)
     return DaemonArgs(
-        given.cipher_dir, given.mountpoint, given.agent_socket, given.ready_fd, given.log_file,
+        given.cipher_dir, given.mountpoint, given.agent_socket, given.ready_fd, given.go_fd, given.log_file,
         given.read_only or "ro" in options, overrides, frozenset(options & FUSE_OPTIONS),
         owner_of(given.force_owner),
     )  # fmt: skip

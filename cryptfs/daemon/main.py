@@ -22,7 +22,7 @@ from cryptfs.daemon.args import DaemonArgs, parse
 from cryptfs.daemon.domains import Domains
 from cryptfs.daemon.guarding import Guarding
 from cryptfs.daemon.keyed import Keyed
-from cryptfs.daemon.process import harden, open_log, say
+from cryptfs.daemon.process import harden, may_go, open_log, say
 from cryptfs.errors import CryptfsError, NotAVolume, StoreFailed, VolumeBusy
 from cryptfs.fs.volume import Volume, open_volume
 from cryptfs.fuse.session import FuseSession
@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
     except CryptfsError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    # Before anything is touched: the key is being brought in meanwhile, and may not come.
+    if not may_go(args.go_fd):
+        return 0
     open_log(args.log_file)
     harden()
     os.umask(0)

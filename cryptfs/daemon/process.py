@@ -34,6 +34,20 @@ def harden() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
+def may_go(fd: int | None) -> bool:
+    """Wait until whoever started this process lets it go on; False if it ended, or does not want it any more.
+
+    The number stays taken, by /dev/null: as long as there is a pipe behind it, this process waits (`cli.mounts`).
+    """
+    if fd is None:
+        return True
+    go = os.read(fd, 1)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(null, fd, inheritable=False)
+    os.close(null)
+    return bool(go)
+
+
 def say(fd: int | None, line: str) -> None:
     """One line to the process that waits for this one, and no more."""
     if fd is None:

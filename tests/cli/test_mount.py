@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cryptfs import paths
+from cryptfs import errors, paths
 from cryptfs.cli import processes
-from cryptfs.cli.mounts import mount_at, wait_until
+from cryptfs.cli.mounts import daemon_of_volume, mount_at, wait_until
 from tests.cli.conftest import PASSPHRASE, Cryptfs
 
 pytestmark = [
@@ -313,3 +313,26 @@ def test_a_damaged_state_file(cryptfs: Cryptfs, vault: Path, clear: Path) -> Non
 def test_without_fusermount_there_is_advice(cryptfs: Cryptfs, vault: Path, clear: Path) -> None:
     ended = cryptfs.run("mount", vault, clear, passphrase=PASSPHRASE, env={"PATH": "/nowhere"}, code=18)
     assert "hint: install the Debian package fuse3" in ended.stderr
+
+
+def test_a_daemon_that_waits_for_the_key_is_no_daemon_yet_and_ends_with_its_command(
+    cryptfs: Cryptfs, vault: Path, clear: Path
+) -> None:
+    """The fourth attempt after three wrong ones waits for a second, with the daemon's program loaded beside it."""
+    for _ in range(3):
+        cryptfs.run("mount", vault, clear, passphrase="wrong", code=errors.WrongSecret.exit_code)
+        assert cryptfs.daemon_pids() == [], "one that is not wanted after all is ended"
+    environment = {**os.environ, "CRYPTFS_PASSPHRASE": "wrong"}
+    with subprocess.Popen(
+        cryptfs.command("mount", vault, clear), env=environment, stderr=subprocess.DEVNULL
+    ) as command:
+        assert wait_until(lambda: bool(cryptfs.daemon_pids()), 30)
+        with ending(cryptfs.daemon_pids()):
+            assert daemon_of_volume(vault) is None
+            assert cryptfs.status() == []
+            command.kill()
+    assert mount_at(clear) is None
+    cryptfs.run("mount", vault, clear, passphrase=PASSPHRASE)
+    daemon = daemon_of_volume(vault)
+    assert daemon is not None
+    assert [daemon.pid] == cryptfs.daemon_pids()
