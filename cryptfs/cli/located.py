@@ -38,8 +38,8 @@ class Inside:
 def cipher_dir_of(path: Path) -> Path:
     """The cipher directory that `path` is or stands for, resolved; only of a domain's it is known that there is one.
 
-    Raises `VolumeLocked` (the mounted volume is), `MountpointUnusable` (it does not answer), `NotAVolume` and
-    `VolumeDamaged` (the domain is lost, or another).
+    Raises `VolumeLocked` (the mounted volume is), `MountpointUnusable` (it does not answer, or its daemon is gone),
+    `NotAVolume` and `VolumeDamaged` (the domain is lost, or another).
     """
     inside = inside_mount(path)
     if inside is None:
@@ -56,7 +56,10 @@ def cipher_dir_of(path: Path) -> Path:
 
 
 def inside_mount(path: Path) -> Inside | None:
-    """`path` if it is a mount point of this user's or lies below one; it need not exist."""
+    """`path` if it is a mount point of this user's or lies below one; it need not exist.
+
+    Raises `MountpointUnusable` if it does not answer or its daemon is gone, `NotPermitted` if it is another user's.
+    """
     try:
         located = mounts.answer_of(lambda: mounts.resolved(path))
     except TimeoutError:
@@ -66,6 +69,11 @@ def inside_mount(path: Path) -> Inside | None:
         return None
     daemon = mounts.daemon_of_mount(mount.mountpoint)
     if daemon is None:
+        if mounts.is_dead(mount.mountpoint):
+            raise hinted(
+                MountpointUnusable(f"the daemon of {mount.mountpoint} is gone, and what it held with it"),
+                f"`cryptfs umount {mount.mountpoint}` clears what it left; the volume is in {mount.source}",
+            )
         raise NotPermitted(f"no daemon of this user serves {mount.mountpoint}")
     return Inside(mount.mountpoint, daemon.cipher_dir, located)
 

@@ -25,6 +25,11 @@ EXIT_INTERNAL = 70
 EXIT_SIGNAL = 128
 EXIT_INTERRUPTED = EXIT_SIGNAL + signal.SIGINT
 
+_BARE_GROUP: tuple[type[click.UsageError], ...] = tuple(
+    filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)])
+)
+"""A verb is missing: the message is the whole help. (Before 8.2, click shows it by itself.)"""
+
 _VERBS = {
     "init": "cryptfs.cli.init:init",
     "mount": "cryptfs.cli.mount:mount",
@@ -128,6 +133,9 @@ def _report(failure: BaseException) -> int:
 
         ui.error(str(failure), hint_for(failure))
         return failure.exit_code
+    if isinstance(failure, _BARE_GROUP):
+        sys.stderr.write(f"{failure.format_message()}\n")
+        return EXIT_USAGE
     if isinstance(failure, click.ClickException):
         usage = failure.ctx.command_path if isinstance(failure, click.UsageError) and failure.ctx else "cryptfs"
         ui.error(failure.format_message(), f"`{usage} --help` lists what it takes")

@@ -34,6 +34,25 @@ def status(*, as_json: bool) -> None:
                 ui.out(f"{(volume['volume_id'] or 'unknown')[:8]}: {_cache_line(volume)}")
     else:
         ui.note("no volume is unlocked or mounted")
+    if not as_json:
+        for mountpoint in _dead():
+            ui.warning(f"the daemon of {mountpoint} is gone: `cryptfs umount {mountpoint}` clears what it left")
+
+
+def _dead() -> list[Path]:
+    """Mounts of ours that nobody serves. One that does not answer at all is not known to be."""
+    from contextlib import suppress
+
+    from cryptfs.cli import mounts
+    from cryptfs.errors import MountpointUnusable
+
+    served = {daemon.mountpoint for daemon in mounts.running_daemons()}
+    dead = []
+    for mountpoint in {mount.mountpoint for mount in mounts.all_mounts() if mount.is_ours} - served:
+        with suppress(MountpointUnusable):
+            if mounts.is_dead(mountpoint):
+                dead.append(mountpoint)
+    return sorted(dead)
 
 
 def _cache_line(volume: dict[str, Any]) -> str:

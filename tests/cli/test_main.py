@@ -109,3 +109,11 @@ def test_the_version_costs_none_of_the_heavy_imports() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"trio", "rich", "zxcvbn", "msgpack", "cryptography", "pyfuse3", "subprocess"}
     assert not {name.split(".")[0] for name in loaded} & heavy - {"subprocess"}
+
+
+@pytest.mark.parametrize("words", [[], ["audit"], ["agent"]])
+def test_without_a_verb_the_help_is_shown_as_it_is(cryptfs: Cryptfs, words: list[str]) -> None:
+    ended = cryptfs.run(*words, code=errors.UsageError.exit_code)
+    assert ended.stderr.startswith("Usage: cryptfs ")
+    assert "\nCommands:\n" in ended.stderr
+    assert ended.stdout == ""

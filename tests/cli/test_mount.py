@@ -195,6 +195,10 @@ def test_a_mount_left_dead_is_cleared(cryptfs: Cryptfs, vault: Path, clear: Path
         with pytest.raises(OSError, match="not connected") as failure:
             os.statvfs(clear)
         assert failure.value.errno == errno.ENOTCONN
+        assert f"`cryptfs umount {clear}` clears" in cryptfs.run("status").stderr
+        said = cryptfs.run("lock", clear, code=errors.MountpointUnusable.exit_code).stderr
+        assert "is gone" in said
+        assert str(vault) in said
         if verb == "umount":  # also while a program holds a descriptor in it
             assert "cleared" in cryptfs.run("umount", clear).stderr
             assert mount_at(clear) is None
