@@ -65,7 +65,7 @@ class Attributes(Opening):
         if inode is self.inodes.root or inode.kind == Kind.DIR:
             node = self.inodes.dir_nowait(inode) or await self.inodes.dir(inode)
             st = self.ctx.store.fstat(node.fd)
-            return Attr(inode, st, st.st_size)
+            return Attr(inode, st, st.st_size, node.mtime_ns)
         where, name = await self.inodes.handle(inode)
         st = self.ctx.store.lstat(where, name)
         if st.st_ino != inode.ino:
@@ -93,7 +93,8 @@ class Attributes(Opening):
             if log_id != inode.log_id:
                 raise Damaged("id-mismatch", "the symlink is another one")
             return Attr(inode, st, length)
-        return Attr(inode, st, st.st_size)
+        node = self.inodes.dir_nowait(inode) if inode.kind == Kind.DIR else None
+        return Attr(inode, st, st.st_size, None if node is None else node.mtime_ns)
 
     def _attr_open(self, inode: Inode, file: FileNode) -> Attr:
         st = self.ctx.store.fstat(file.state.data_fd)
@@ -186,11 +187,16 @@ class Attributes(Opening):
     def _set_times(self, inode: Inode, where: int, name: bytes | None, want: Changes) -> None:
         store = self.ctx.store
         now = store.lstat(where, name) if name is not None else store.fstat(where)
+        node = self.inodes.dir_nowait(inode) if inode.kind == Kind.DIR else None
         known = now.st_mtime_ns if inode.file is None else inode.file.state.mtime_ns
+        if node is not None and node.mtime_ns is not None:
+            known = node.mtime_ns
         atime_ns = now.st_atime_ns if want.atime_ns is None else want.atime_ns
         mtime_ns = known if want.mtime_ns is None else want.mtime_ns
         if name is not None:
             store.utimens(where, name, atime_ns, mtime_ns)
+        elif node is not None:
+            node.set_times(atime_ns, mtime_ns)
         else:
             store.futimens(where, atime_ns, mtime_ns)
         if inode.file is not None:

@@ -63,6 +63,8 @@ class DirEntries:
         self.last_gen = 0
         self.done_gen = 0
         """The newest frame whose call on the tree is done: what comes after it is not durable by syncing both."""
+        self.times_ns: tuple[int, int] | None = None
+        """atime and mtime while the log is rewritten, which moves the directory's own for as long as it takes."""
         self._log: SealedLog | None = None
         self.unsure: set[bytes] = set()
         """Sealed names recorded in an epoch that ended uncleanly: what they name may never have reached the disk."""

@@ -120,18 +120,38 @@ class DirNode(DirLoading):
 
     async def _replace(self, key: bytearray, header: LogHeader, *frames: Frame) -> None:
         """Put a log of these frames in this one's place. `key` is wiped. Raises OSError; then nothing has changed."""
+        with self._times_kept():
+            try:
+                self._log = await self.ctx.in_thread(
+                    self.log.rewrite, self.ctx.store, self.fd, DIR_LOG, key, header, *frames
+                )
+            finally:
+                key[:] = bytes(len(key))
+            self.header = header
+            self.last_gen = frames[-1].generation
+            self.settled()
+
+    @contextmanager
+    def _times_kept(self) -> Iterator[None]:
+        """The log's new name is no change of the directory the user sees. Those that are set meanwhile are kept."""
         before = self.ctx.store.fstat(self.fd)
+        self.times_ns = before.st_atime_ns, before.st_mtime_ns
         try:
-            self._log = await self.ctx.in_thread(
-                self.log.rewrite, self.ctx.store, self.fd, DIR_LOG, key, header, *frames
-            )
+            yield
         finally:
-            key[:] = bytes(len(key))
-        self.header = header
-        self.last_gen = frames[-1].generation
-        self.settled()
-        # The log's new name is not a change of the directory the user sees.
-        self.ctx.store.futimens(self.fd, before.st_atime_ns, before.st_mtime_ns)
+            times_ns, self.times_ns = self.times_ns, None
+            self.ctx.store.futimens(self.fd, *times_ns)
+
+    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+        """Raises OSError."""
+        self.ctx.store.futimens(self.fd, atime_ns, mtime_ns)
+        if self.times_ns is not None:
+            self.times_ns = atime_ns, mtime_ns
+
+    @property
+    def mtime_ns(self) -> int | None:
+        """What to show; None: the directory's own in `tree/`."""
+        return None if self.times_ns is None else self.times_ns[1]
 
     async def _replaced(self) -> None:
         """After `_replace`: make it durable that the new log has the name. Raises OSError."""

@@ -183,4 +183,4 @@ async def show_at_place(parent: Volume, place: Inode, domain: Volume, *, times: 
     st = root_stat(domain)
     copy_owner_and_mode(parent.ctx, node.fd, st)
     if times:
-        parent.ctx.store.futimens(node.fd, st.st_atime_ns, st.st_mtime_ns)
+        node.set_times(st.st_atime_ns, st.st_mtime_ns)

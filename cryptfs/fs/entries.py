@@ -37,8 +37,8 @@ class Entries:
         self.new_ids.discard(inode.log_id)
         self.moved_ids.discard(inode.log_id)
         try:
-            if inode.paths:
-                await self.sync_dirs(inode.paths[-1][0])
+            if inode.path is not None:
+                await self.sync_dirs(inode.path[0])
         except BaseException:
             undo.add(inode.log_id)
             raise
@@ -57,7 +57,7 @@ class Entries:
                 node.pins -= 1
             done.append(here.log_id)
             onward = here.log_id in self.new_ids or here.log_id in self.moved_ids
-            here = here.paths[-1][0] if onward and here.paths else None
+            here = here.path[0] if onward and here.path is not None else None
         # Only now: whoever finds one of them durable goes no further up.
         self.new_ids.difference_update(done)
         self.moved_ids.difference_update(done)

@@ -31,7 +31,7 @@ _XATTRS_MAX_BYTES = 1024
 
 
 class Inode:
-    """One object of the tree. `paths`: the (directory, name in `tree/`) pairs known for it, the best one last.
+    """One object of the tree. `path`: (directory, name in `tree/`), the best known of it; None: it has no name.
 
     `last_st`: its attributes when its last name went, while the kernel still knows it. `kept_fd`: an O_PATH descriptor
     that keeps the object alive below for as long, so that its number is not given to another one (the kernel says only
@@ -39,8 +39,8 @@ class Inode:
     """
 
     __slots__ = (
-        "children", "file", "generation", "ino", "kept_fd", "kind", "last_st", "log_id", "lookups", "paths", "settled",
-        "xattrs", "xattrs_known",
+        "_others", "children", "file", "generation", "ino", "kept_fd", "kind", "last_st", "log_id", "lookups", "path",
+        "settled", "xattrs", "xattrs_known",
     )  # fmt: skip
 
     def __init__(self, ino: int, kind: Kind, log_id: bytes, generation: int) -> None:
@@ -50,7 +50,9 @@ class Inode:
         self.generation = generation
         self.lookups = 0
         self.children = 0
-        self.paths: list[tuple[Inode, bytes]] = []
+        self.path: tuple[Inode, bytes] | None = None
+        self._others: dict[tuple[Inode, bytes], None] | None = None
+        """The other names of one with several, which may be tens of thousands; the one that comes next last."""
         self.file: FileNode | None = None
         self.last_st: os.stat_result | None = None
         self.kept_fd = -1
@@ -73,29 +75,50 @@ class Inode:
         """Whether it is no directory, and its last name is gone."""
         return self.last_st is not None and self.kind != Kind.DIR
 
+    @property
+    def paths(self) -> list[tuple[Inode, bytes]]:
+        """All that are known, the best one last."""
+        return [] if self.path is None else [*(self._others or ()), self.path]
+
     def place(self) -> tuple[Inode, bytes]:
         """(directory, name in `tree/`). Raises ESTALE if it has no name any more."""
-        if not self.paths:
+        if self.path is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return self.paths[-1]
+        return self.path
 
     def add_path(self, parent: Inode, name: bytes) -> None:
         """A name was seen or made."""
         pair = (parent, name)
-        if self.paths and self.paths[-1] == pair:
+        if self.path == pair:
             return
-        if pair in self.paths:
-            self.paths.remove(pair)
+        if self._others is not None and pair in self._others:
+            del self._others[pair]
         else:
             parent.children += 1
-        self.paths.append(pair)
+        if self.path is not None:
+            if self._others is None:
+                self._others = {}
+            self._others[self.path] = None
+        self.path = pair
 
     def drop_path(self, parent: Inode, name: bytes) -> None:
         """A name is gone."""
         pair = (parent, name)
-        if pair in self.paths:
-            self.paths.remove(pair)
+        if self.path == pair:
+            self.path = self._others.popitem()[0] if self._others else None
+        elif self._others is not None and pair in self._others:
+            del self._others[pair]
+        else:
+            return
+        parent.children -= 1
+        if not self._others:
+            self._others = None
+
+    def drop_paths(self) -> None:
+        """All its names are gone, or nobody here needs to know them."""
+        for parent, _ in self.paths:
             parent.children -= 1
+        self.path = self._others = None
 
 
 class InodeTable:
@@ -149,7 +172,7 @@ class InodeTable:
                     raise Damaged("exchanged", "what lies there is open under another id")
                 # The number was freed below and given out again; the kernel counts its references by number.
                 fresh.lookups = inode.lookups
-                self._unlink_all(inode)
+                inode.drop_paths()
                 self._let_go(inode)
             inode = self._inodes[ino] = fresh
         inode.add_path(parent, name)
@@ -175,7 +198,7 @@ class InodeTable:
                     node.close()
             self._let_go(inode)
             parents = [parent for parent, _ in inode.paths]
-            self._unlink_all(inode)
+            inode.drop_paths()
             if len(parents) != 1:
                 for parent in parents:
                     self.release(parent)
@@ -193,12 +216,6 @@ class InodeTable:
         """Give back the table's room for inodes that are gone: a dict never becomes smaller by itself."""
         self._inodes = dict(self._inodes)
 
-    @staticmethod
-    def _unlink_all(inode: Inode) -> None:
-        for parent, _ in inode.paths:
-            parent.children -= 1
-        inode.paths = []
-
     # directories -----------------------------------------------------------------------------------------------
 
     def dir_nowait(self, inode: Inode) -> DirNode | None:
@@ -213,16 +230,16 @@ class InodeTable:
         while True:
             parent, name = place = inode.place()
             node = self.dir_nowait(parent) or await self.dir(parent)
-            if inode.paths and inode.place() == place:
+            if inode.path == place:
                 return node, name
 
     async def handle(self, inode: Inode) -> tuple[int, bytes]:
         """As `where`, with the directory's descriptor; (`kept_fd`, b"") for what has no name any more."""
-        if inode.paths:
+        if inode.path is not None:
             try:
                 node, name = await self.where(inode)
             except OSError as error:
-                if error.errno != errno.ESTALE or inode.paths:
+                if error.errno != errno.ESTALE or inode.path is not None:
                     raise
             else:
                 return node.fd, name
@@ -242,7 +259,7 @@ class InodeTable:
             # Up to the nearest that can be opened, and down again from there; in a loop, since a tree may be deeper
             # than calls may nest. One that has moved meanwhile has its way up looked for anew.
             here = way.pop() if way else inode
-            if here is not inode and not here.paths:
+            if here is not inode and here.path is None:
                 way.clear()
                 continue
             while here is not self.root and here.place()[0].ino not in self._dirs:

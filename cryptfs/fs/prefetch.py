@@ -61,9 +61,9 @@ class Prefetcher:
 
     def _neighbours(self, inode: Inode) -> list[bytes]:
         """Ids of the regular files after this one in its directory's order, if somebody has listed that."""
-        if not inode.paths:
+        if inode.path is None:
             return []
-        parent = inode.paths[-1][0]
+        parent = inode.path[0]
         node = self.inodes.dir_nowait(parent)
         if node is None or not node.listed:
             return []

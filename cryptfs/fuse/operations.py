@@ -376,7 +376,7 @@ class Operations(pyfuse3.Operations):
         """What `..` stands for. The mount's root is above itself, and so is what is gone."""
         if inode is self._inodes.root and self.above is not None:
             return self.above()
-        return inode.paths[-1][0].ino if inode.paths else inode.ino
+        return inode.ino if inode.path is None else inode.path[0].ino
 
     @answered
     async def releasedir(self, fh: FileHandleT) -> None:

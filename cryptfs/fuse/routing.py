@@ -135,7 +135,7 @@ class Routing(pyfuse3.Operations):
     def _above(self, place: int) -> int:
         """The number of the directory a place is in; its own if it is gone."""
         inode = self.main.volume.inodes.find(place)
-        return inode.paths[-1][0].ino if inode is not None and inode.paths else place
+        return inode.path[0].ino if inode is not None and inode.path is not None else place
 
     # whose ------------------------------------------------------------------------------------------------------
 

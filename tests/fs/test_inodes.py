@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import trio
 
 from cryptfs.errors import AgentUnavailable, VolumeBusy
 from cryptfs.fs import inodes as inodes_module
-from cryptfs.fs.inodes import ROOT_INO
+from cryptfs.fs.inodes import ROOT_INO, Inode
 from cryptfs.fs.reaper import remove_tree
 from cryptfs.store.local import LocalStore
 from cryptfs.store.memory import MemoryStore
 from cryptfs.testing.keys import FakeDekProvider
+from cryptfs.types import Kind
 from tests.fs.tree import OWNER, Tree, damage_of, errno_of
 
 CONTENT = b"content" * 2000
@@ -353,3 +355,27 @@ async def test_a_tree_deeper_than_calls_can_nest(local: LocalStore) -> None:
     # What a removed domain leaves is as deep as its tree was.
     remove_tree(local, local.root(), b"tree")
     assert b"tree" not in local.listdir(local.root())
+
+
+# names of one object ----------------------------------------------------------------------------------------------
+
+
+def test_the_name_seen_last_is_the_best_and_the_one_before_comes_next() -> None:
+    """As a list would do it, which takes too long for a file of 65,000 names."""
+    chance = random.Random(5)
+    above = [Inode(number, Kind.DIR, bytes(16), 0) for number in range(3)]
+    inode, model = Inode(9, Kind.FILE, bytes(16), 0), list[tuple[Inode, bytes]]()
+    for _ in range(3000):
+        pair = (chance.choice(above), b"%d" % chance.randrange(6))
+        if pair in model:
+            model.remove(pair)
+        if chance.random() < 0.5:
+            inode.add_path(*pair)
+            model.append(pair)
+        else:
+            inode.drop_path(*pair)
+        assert inode.paths == model
+        assert inode.path == (model[-1] if model else None)
+        assert [parent.children for parent in above] == [sum(p is parent for p, _ in model) for parent in above]
+    inode.drop_paths()
+    assert (inode.path, inode.paths, sum(parent.children for parent in above)) == (None, [], 0)

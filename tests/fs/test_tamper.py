@@ -54,7 +54,7 @@ class Cipher:
             cipher.ids[path] = inode.log_id
             # An inode's way to its name in tree/.
             parts: list[str] = []
-            while inode.paths:
+            while inode.path is not None:
                 inode, below = inode.place()
                 parts.insert(0, os.fsdecode(below))
             cipher.data[path] = root.joinpath("tree", *parts)

@@ -43,7 +43,7 @@ async def lose_name(tree: Tree, name: bytes, how: str) -> Inode:
     else:
         await tree.write(b"new", b"other")
         await tree.rename(b"new", name)
-    assert not inode.paths
+    assert inode.path is None
     return inode
 
 

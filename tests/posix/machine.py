@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.mount.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
-from tests.posix.probe import KINDS, make, remove
+from tests.posix.calls import HOWS, LOCKS, direct_read, direct_write, holes, lock
+from tests.posix.on_times import NOW, OMIT, utimensat
+from tests.posix.probe import KINDS, TICK_S, make, remove
 
-NAMES = st.sampled_from(
-    ["a", "b", "c", "d/a", "d/b", "e/a", "e/b", "d/f/a", "d", "e", "d/f", "x" * 200, "d/" + "y" * 255]
-)
+_NAMES = ["a", "b", "c", "d/a", "d/b", "e/a", "e/b", "d/f/a", "d", "e", "d/f", "x" * 200, "d/" + "y" * 255]
+NAMES = st.sampled_from(_NAMES)
+AT_SYMLINK_NOFOLLOW = 0x100
 SIZES = st.sampled_from([0, 1, 100, 4095, 4096, 4097, 16384, 16385, 50_000, 131_072, 300_000])
 DATA = st.builds(
     lambda byte, count: bytes([byte]) * count, st.integers(1, 255), st.sampled_from([1, 10, 4096, 5000, 40_000])
 )
-TIMES = st.integers(1 - 2**31, 2**33).map(lambda s: s * 10**9 + 123_456_789)
+SECONDS = st.integers(1 - 2**31, 15_032_385_534)
+"""What the file system below the mount can store."""
+TIMES = SECONDS.map(lambda s: s * 10**9 + 123_456_789)
+SET = st.one_of(
+    st.tuples(SECONDS, st.sampled_from([0, 1, 999_999_999])),
+    st.sampled_from([(0, NOW), (0, OMIT), (-1, 0), (-1, 999_999_999), (0, -1), (0, 10**9)]),
+)
+FAR = st.sampled_from([-(2**31) - 1, 15_032_385_536, 10**11, -(10**11), 2**40])
+XATTRS = st.sampled_from(
+    ["user.a", "user.b", "trusted.a", "security.a", "security.capability", "user.", "nonsense.a", "user." + "n" * 251]
+)
+VALUES = st.sampled_from(
+    [b"", b"x", b"value" * 20, bytes(5000), b"\x01\x00\x00\x02" + bytes([4]) + bytes(15), bytes(65536), bytes(65537)]
+)
+"""The fifth is what security.capability may be (capabilities(7))."""
 
 
 class Machine(RuleBasedStateMachine):
@@ -36,6 +54,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.open: list[tuple[int, int]] = []
+        self.watching = False
         for root in self.roots:
             for name in os.listdir(root):
                 remove(str(root / name))
@@ -43,25 +62,47 @@ class Machine(RuleBasedStateMachine):
     # comparing ---------------------------------------------------------------------------------------------------
 
     def both(self, call: Callable[[Path], Any]) -> None:
-        """The same on both: the same result or the same errno."""
-        type(self).steps += 1
-        ours, theirs = (_answer(lambda root=root: call(root)) for root in self.roots)  # type: ignore[misc]
-        assert ours == theirs, f"mount: {str(ours)[:300]}; tmpfs: {str(theirs)[:300]}"
+        """The same on both: the same result or the same errno, and the same times moved by it."""
+        self._compare(call, self.roots)
 
     def both_fds(self, number: int, call: Callable[[int], Any]) -> None:
-        if not self.open:
-            return
+        if self.open:
+            self._compare(call, self.open[number % len(self.open)])
+
+    def _compare(self, call: Callable[[Any], Any], two: tuple[Any, Any]) -> None:
         type(self).steps += 1
-        ours, theirs = (_answer(lambda fd=fd: call(fd)) for fd in self.open[number % len(self.open)])  # type: ignore[misc]
+        before = [self._times(side) for side in (0, 1)] if self.watching else None
+        if before is not None:
+            time.sleep(TICK_S)
+        ours, theirs = (_answer(lambda each=each: call(each)) for each in two)  # type: ignore[misc]
         assert ours == theirs, f"mount: {str(ours)[:300]}; tmpfs: {str(theirs)[:300]}"
+        if before is not None:
+            ours, theirs = (_moved(before[side], self._times(side)) for side in (0, 1))
+            by_itself = {each for each in ours if each.kind == stat.S_IFDIR and each.time == "ctime"}
+            wrong = (ours ^ theirs) - (by_itself - theirs)
+            assert not wrong, f"times moved, mount: {ours}; tmpfs: {theirs}"
+
+    def _times(self, side: int) -> dict[int, tuple[str, os.stat_result]]:
+        """By inode number, of all that has a name or is open: what to call it, and its attributes."""
+        out: dict[int, tuple[str, os.stat_result]] = {}
+        for name in ("", *_NAMES):
+            with contextlib.suppress(OSError):
+                found = os.lstat(self.roots[side] / name)
+                out.setdefault(found.st_ino, (name, found))
+        for number, fds in enumerate(self.open):
+            found = os.fstat(fds[side])
+            out.setdefault(found.st_ino, (f"open {number}", found))
+        return out
 
     # names -------------------------------------------------------------------------------------------------------
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(watching=st.booleans())
+    def begin(self, watching: bool) -> None:
+        """`watching`: compare which times move, too. That takes longer than a file system's clock needs for a step."""
         for root in self.roots:
             os.makedirs(root / "d" / "f")
             os.mkdir(root / "e")
+        self.watching = watching
 
     @rule(kind=st.sampled_from(KINDS), name=NAMES, mode=st.sampled_from([0o644, 0o755, 0o600, 0o6755, 0o1777]))
     def make(self, kind: str, name: str, mode: int) -> None:
@@ -92,7 +133,7 @@ class Machine(RuleBasedStateMachine):
         self.both(lambda root: os.rmdir(root / name))
 
     @rule(name=NAMES)
-    def list(self, name: str) -> None:
+    def listed(self, name: str) -> None:
         self.both(lambda root: sorted(os.listdir(root / name)))
 
     # attributes --------------------------------------------------------------------------------------------------
@@ -118,6 +159,49 @@ class Machine(RuleBasedStateMachine):
 
         self.both(call)
 
+    @rule(name=NAMES, atime=SET, mtime=SET)
+    def utimensat(self, name: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
+        def call(root: Path) -> tuple[int | None, int | None]:
+            utimensat(str(root / name), atime, mtime, flags=AT_SYMLINK_NOFOLLOW)
+            found = os.lstat(root / name)
+            # What is left alone or now depends on what came before, and when.
+            return (
+                found.st_atime_ns if atime[1] not in {NOW, OMIT} else None,
+                found.st_mtime_ns if mtime[1] not in {NOW, OMIT} else None,
+            )
+
+        self.both(call)
+
+    @rule(name=NAMES, far=FAR, back=TIMES)
+    def set_far_time(self, name: str, far: int, back: int) -> None:
+        """Taken; what is shown is as near as the file system below comes, so something else is set right away."""
+
+        def call(root: Path) -> None:
+            utimensat(str(root / name), (far, 0), (far, 0), flags=AT_SYMLINK_NOFOLLOW)
+            os.utime(root / name, ns=(back, back), follow_symlinks=False)
+
+        self.both(call)
+
+    @rule(name=NAMES, key=XATTRS, value=VALUES, flags=st.sampled_from([0, 0, os.XATTR_CREATE, os.XATTR_REPLACE]))
+    def set_xattr(self, name: str, key: str, value: bytes, flags: int) -> None:
+        self.both(lambda root: os.setxattr(root / name, key, value, flags, follow_symlinks=False))
+
+    @rule(name=NAMES, key=XATTRS)
+    def get_xattr(self, name: str, key: str) -> None:
+        self.both(lambda root: os.getxattr(root / name, key, follow_symlinks=False))
+
+    @rule(name=NAMES, key=XATTRS)
+    def remove_xattr(self, name: str, key: str) -> None:
+        self.both(lambda root: os.removexattr(root / name, key, follow_symlinks=False))
+
+    @rule(number=st.integers(0, 5), key=XATTRS, value=VALUES)
+    def xattr_of_open(self, number: int, key: str, value: bytes) -> None:
+        def call(fd: int) -> bytes:
+            os.setxattr(fd, key, value)
+            return os.getxattr(fd, key)
+
+        self.both_fds(number, call)
+
     # contents ----------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.open) < 6)
@@ -134,11 +218,26 @@ class Machine(RuleBasedStateMachine):
         try:
             self.both(call)
         finally:
-            if len(got) == 2:
-                self.open.append((got[0], got[1]))
-            else:
-                for fd in got:
-                    os.close(fd)
+            self._keep(got)
+
+    @precondition(lambda self: 0 < len(self.open) < 6)
+    @rule(number=st.integers(0, 5), way=st.sampled_from([os.O_RDWR, os.O_RDWR, os.O_RDONLY, os.O_WRONLY]),
+          more=st.sampled_from([0, os.O_DIRECT, os.O_DIRECT | os.O_SYNC, os.O_APPEND | os.O_DIRECT]))  # fmt: skip
+    def opens_again(self, number: int, way: int, more: int) -> None:
+        """Another descriptor of what is open, named or not."""
+        got: list[int] = []
+        try:
+            self.both_fds(number, lambda fd: got.append(os.open(f"/proc/self/fd/{fd}", way | more)))
+        finally:
+            self._keep(got)
+
+    def _keep(self, got: list[int]) -> None:
+        """Descriptors that were opened on both are the machine's from now on."""
+        if len(got) == 2:
+            self.open.append((got[0], got[1]))
+        else:
+            for fd in got:
+                os.close(fd)
 
     @rule(number=st.integers(0, 5))
     def close(self, number: int) -> None:
@@ -153,6 +252,24 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 5), at=SIZES, count=SIZES)
     def read(self, number: int, at: int, count: int) -> None:
         self.both_fds(number, lambda fd: os.pread(fd, count, at))
+
+    @rule(number=st.integers(0, 5), at=SIZES, data=DATA, aside=st.sampled_from([0, 0, 512, 1, 4095]))
+    def write_from(self, number: int, at: int, data: bytes, aside: int) -> None:
+        """Past the page cache, where that was asked for."""
+        self.both_fds(number, lambda fd: direct_write(fd, data, at, aside))
+
+    @rule(number=st.integers(0, 5), at=SIZES, count=SIZES, aside=st.sampled_from([0, 0, 512, 1, 4095]))
+    def read_into(self, number: int, at: int, count: int, aside: int) -> None:
+        self.both_fds(number, lambda fd: direct_read(fd, count, at, aside))
+
+    @rule(number=st.integers(0, 5), start=st.one_of(SIZES, st.just(-1)))
+    def seek_holes(self, number: int, start: int) -> None:
+        self.both_fds(number, lambda fd: holes(fd, start) if stat.S_ISREG(os.fstat(fd).st_mode) else None)
+
+    @rule(number=st.integers(0, 5), kind=st.sampled_from(LOCKS), how=st.sampled_from(HOWS), start=st.integers(0, 2),
+          count=st.integers(0, 2))  # fmt: skip
+    def lock(self, number: int, kind: str, how: int, start: int, count: int) -> None:
+        self.both_fds(number, lambda fd: lock(fd, kind, how, start, count))
 
     @rule(number=st.integers(0, 5), size=SIZES)
     def ftruncate(self, number: int, size: int) -> None:
@@ -223,6 +340,28 @@ def _answer(call: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever it retur
         return "ValueError"
 
 
+class _Moved(NamedTuple):
+    """A time that moved. In the mount, a directory's ctime does so by itself: its log is rewritten now and then."""
+
+    name: str
+    kind: int
+    time: str
+
+
+def _moved(before: dict[int, tuple[str, os.stat_result]], after: dict[int, tuple[str, os.stat_result]]) -> set[_Moved]:
+    """Which of mtime and ctime moved of what was there before and is still."""
+    out = set()
+    for ino in before.keys() & after.keys():
+        name, old = before[ino]
+        new = after[ino][1]
+        kind = stat.S_IFMT(old.st_mode)
+        if old.st_mtime_ns != new.st_mtime_ns:
+            out.add(_Moved(name, kind, "mtime"))
+        if old.st_ctime_ns != new.st_ctime_ns:
+            out.add(_Moved(name, kind, "ctime"))
+    return out
+
+
 def _kind(path: Path) -> int | None:
     try:
         return os.stat(path).st_mode
@@ -237,7 +376,7 @@ def _shown(found: os.stat_result) -> tuple[object, ...]:
 
 
 def _everything(root: Path) -> dict[str, tuple[object, ...]]:
-    """Every name below, with attributes and content."""
+    """Every name below, with attributes, content and xattrs."""
     out: dict[str, tuple[object, ...]] = {}
     for above, dirs, files in os.walk(root):
         for name in dirs + files:
@@ -248,5 +387,7 @@ def _everything(root: Path) -> dict[str, tuple[object, ...]]:
                 content = path.read_bytes()
             elif stat.S_ISLNK(found.st_mode):
                 content = os.readlink(path)
-            out[str(path.relative_to(root))] = (*_shown(found), content)
+            keys = sorted(os.listxattr(path, follow_symlinks=False))
+            kept = [(key, os.getxattr(path, key, follow_symlinks=False)) for key in keys]
+            out[str(path.relative_to(root))] = (*_shown(found), content, kept)
     return out

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import stat
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.mount.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 from tests.posix.probe import ANN, KINDS, Probe, make, opened, remove, scenario
@@ -91,6 +94,19 @@ def lengths(p: Probe) -> None:
         _ask_all(p, f"name of {len(path.encode())} in 3-byte letters", path, lambda: None)
         if len(path.encode()) < 256:
             remove(path)
+    for length in (1, 59, 60, 61, 255, 256, 1023, 1024, 4000, 4094, 4095, 4096):
+        name = p.name("target")
+        if p.do(f"symlink to {length}", lambda n=length, name=name: os.symlink("t" * n, name)):  # type: ignore[misc]
+            p.note(f"readlink {length}", os.readlink(name) == "t" * length)
+            p.state(name)
+
+
+@scenario
+def path_lengths(p: Probe) -> None:
+    def clear(path: str) -> None:
+        if len(path) < 4096:
+            remove(path)
+
     below = "/".join(["d" * 200] * 20)
     os.makedirs(below)
     for length in (4094, 4095, 4096, 4097):
@@ -101,11 +117,6 @@ def lengths(p: Probe) -> None:
         clear(path)
     for verb, ask in ASKED.items():
         p.do(f"{verb} empty path", lambda ask=ask: ask(""))  # type: ignore[misc]
-    for length in (1, 59, 60, 61, 255, 256, 1023, 1024, 4000, 4094, 4095, 4096):
-        name = p.name("target")
-        if p.do(f"symlink to {length}", lambda n=length, name=name: os.symlink("t" * n, name)):  # type: ignore[misc]
-            p.note(f"readlink {length}", os.readlink(name) == "t" * length)
-            p.state(name)
 
 
 @scenario
@@ -251,6 +262,62 @@ def link_maximum(p: Probe) -> None:
     p.note("after an exchange with a file", (os.stat(".").st_nlink, os.stat("d0").st_nlink))
     os.rmdir("d5")
     p.note("after rmdir", os.stat(".").st_nlink)
+
+
+@scenario
+def link_limit(p: Probe) -> None:
+    """EMLINK comes from below (65,000 names on ext4), and nothing is lost by it."""
+    make("reg", "file", 0o644, b"of many names")
+    os.mkdir("d")
+    made = 1
+    while made < 70_000 and _linked("file", f"d/{made}"):
+        made += 1
+    p.note("links", (made, os.stat("file").st_nlink))
+    p.do("one more link", lambda: os.link("file", "more"))
+    p.do("one more link elsewhere", lambda: os.link("d/7", "d/more"))
+    p.state("file")
+    p.do("rename of a name", lambda: os.rename("d/7", "seventh"))
+    p.do("rename over a name", lambda: os.rename("d/8", "d/9"))
+    p.do("unlink", lambda: os.unlink("d/10"))
+    p.do("a link again", lambda: os.link("seventh", "d/10"))
+    p.do("and no more", lambda: os.link("seventh", "d/another"))
+    p.note("content", Path("d/10").read_bytes())
+    p.note("names", len(os.listdir("d")))
+
+
+def _linked(old: str, new: str) -> bool:
+    try:
+        os.link(old, new)
+    except OSError as error:
+        if error.errno != errno.EMLINK:
+            raise
+        return False
+    return True
+
+
+@scenario
+def across_file_systems(p: Probe) -> None:
+    """To and from a file system that is neither the mount nor the one below."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        for kind in (*KINDS, "nothing"):
+            for what, here, there in (("out", "it", f"{other}/to"), ("in", f"{other}/from", "to")):
+                remove(here)
+                remove(there)
+                if kind != "nothing":
+                    make(kind, here, 0o755 if kind == "dir" else 0o644)
+                for how, flags in (("rename", 0), ("noreplace", RENAME_NOREPLACE), ("exchange", RENAME_EXCHANGE)):
+                    p.do(f"{how} {kind} {what}", lambda f=flags, a=here, b=there: renameat2(a.encode(), b.encode(), f))  # type: ignore[misc]
+                p.do(f"link {kind} {what}", lambda a=here, b=there: os.link(a, b, follow_symlinks=False))  # type: ignore[misc]
+                make("reg", there)
+                p.do(f"rename {kind} {what} over a file", lambda a=here, b=there: os.rename(a, b))  # type: ignore[misc]
+                remove(here)
+                remove(there)
+        make("reg", "file", 0o644, b"content " * 2000)
+        with open("file", "rb") as source, open(f"{other}/copy", "w+b") as copy:
+            p.do("copy_file_range", lambda: os.copy_file_range(source.fileno(), copy.fileno(), 10_000))
+            p.do("sendfile", lambda: os.sendfile(copy.fileno(), source.fileno(), 0, 10_000))
+            p.do("FICLONE", lambda: fcntl.ioctl(copy.fileno(), 0x40049409, source.fileno()))
+        p.state("file")
 
 
 @scenario

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ import pytest
 
 from tests.mount.box import Box, boxed
 from tests.mount.ordinary import ordinarily
-from tests.posix.expected import EXPECTED
+from tests.posix import on_read_only
+from tests.posix.expected import EXPECTED, Expected
 from tests.posix.probe import SCENARIOS
 from tests.posix.run import MODULES
 
@@ -27,6 +28,7 @@ LONG = frozenset(
         "every_call_on_every_kind",
         "links_to_every_kind",
         "lengths",
+        "link_limit",
         "open_flags",
         "set_id_bits_of_others",
     }
@@ -46,8 +48,13 @@ def served(template: Path, short_root: Path) -> Iterator[Box]:
 
 def lines_of(directory: Path, *names: str) -> list[str]:
     """What the scenarios come to there."""
+    return printed("tests.posix.run", directory, *names)
+
+
+def printed(module: str, directory: Path, *words: str) -> list[str]:
+    """The lines of a program that is given a directory to work in."""
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.posix.run", str(directory), *names],
+        [sys.executable, "-m", module, str(directory), *words],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -55,22 +62,34 @@ def lines_of(directory: Path, *names: str) -> list[str]:
 
 
 def unexplained(box: Box, *names: str) -> list[str]:
-    """Pairs of lines that differ without a reason in `EXPECTED`."""
-    return unexplained_pairs(lines_of(box.root / "plain", *names), lines_of(box.clear, *names))
+    """Pairs of lines that differ without a reason in `EXPECTED`, and what that expects of these scenarios in vain."""
+    plain, ours = lines_of(box.root / "plain", *names), lines_of(box.clear, *names)
+    return unexplained_pairs(plain, ours) + [f"no longer: {e.pattern}" for e in unseen(plain, ours, *names)]
+
+
+def differing(plain: list[str], ours: list[str]) -> list[tuple[str, str]]:
+    assert len(plain) == len(ours)
+    return [(a, b) for a, b in zip(plain, ours, strict=True) if a != b]
 
 
 def unexplained_pairs(plain: list[str], ours: list[str]) -> list[str]:
     """Pairs of lines that differ without a reason in `EXPECTED`."""
-    assert len(plain) == len(ours)
-    differ = [(a, b) for a, b in zip(plain, ours, strict=True) if a != b]
-    return [f"plain: {a}\nmount: {b}" for a, b in differ if not any(re.search(pattern, b) for pattern in EXPECTED)]
+    pairs = differing(plain, ours)
+    return [f"plain: {a}\nmount: {b}" for a, b in pairs if not any(expected.explains(b) for expected in EXPECTED)]
+
+
+def unseen(plain: list[str], ours: list[str], *names: str) -> list[Expected]:
+    """Differences of these scenarios that must be there and are not: listed for nothing, or no longer true."""
+    lines = [b for _, b in differing(plain, ours)]
+    due = [expected for expected in EXPECTED if expected.scenario in names and not expected.sometimes]
+    return [expected for expected in due if not any(map(expected.explains, lines))]
 
 
 def test_every_scenario_is_known() -> None:
     assert len(SCENARIOS) > 30
     assert {function.__module__ for function in SCENARIOS.values()} == {module.__name__ for module in MODULES}
     assert set(SCENARIOS) >= LONG
-    names = {pattern.split(" / ")[0] for pattern in EXPECTED}
+    names = {expected.scenario for expected in EXPECTED}
     assert names <= set(SCENARIOS), "an explanation of a scenario that does not exist"
 
 
@@ -98,8 +117,29 @@ def test_an_ordinary_users_mount_answers_as_ext4_does(short_root: Path, fuse: No
     assert code == "0", said
 
 
+def test_a_read_only_mount_refuses_what_a_read_only_ext4_does(template: Path, short_root: Path) -> None:
+    with boxed(short_root, template) as box:
+        plain = box.root / "plain"
+        plain.mkdir()
+        box.mount("-o", "allow_other,suid,dev")
+        for where in (plain, box.clear):
+            with contextlib.chdir(where):
+                on_read_only.prepare()
+        box.remount("--read-only", "-o", "allow_other,suid,dev")
+        subprocess.run(["mount", "--bind", plain, plain], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", plain], check=True)
+            beside, ours = (printed("tests.posix.on_read_only", where) for where in (plain, box.clear))
+        finally:
+            subprocess.run(["umount", plain], check=True)
+    assert not unexplained_pairs(beside, ours)
+    assert len([line for line in ours if "EROFS" in line]) > 500
+
+
 def test_the_comparison_finds_what_differs(served: Box) -> None:
     """Two different directories must not come out the same: a comparison that cannot fail shows nothing."""
     plain = lines_of(served.root / "plain", "rare_calls")
     ours = lines_of(served.clear, "rare_calls")
-    assert any(a != b for a, b in zip(plain, ours, strict=True))
+    assert differing(plain, ours)
+    assert not unseen(plain, ours, "rare_calls")
+    assert len(unseen(plain, plain, "rare_calls")) == 8, "a difference that went away would not be noticed"

@@ -210,7 +210,7 @@ async def _places(driver: Driver, root: Path) -> dict[bytes, Place]:
         inode = driver.volume.inodes.get(int(await driver.ino(path)))
         here = inode
         parts: list[str] = []
-        while here.paths:
+        while here.path is not None:
             here, name = here.place()
             parts.insert(0, os.fsdecode(name))
         found[path] = (root.joinpath("tree", *parts), inode.log_id, inode.kind)
