@@ -20,6 +20,7 @@ from cryptfs.fs.entries import Entries
 from cryptfs.fs.file import FileNode
 from cryptfs.fs.inodes import Inode, InodeTable
 from cryptfs.fs.journal import Journal
+from cryptfs.fs.opening_closed import wider
 from cryptfs.fs.prefetch import Prefetcher
 from cryptfs.fs.reaper import Reaper
 from cryptfs.fs.sealed_log import Replay
@@ -47,7 +48,7 @@ class Opening(Entries):
             where, name = await self.inodes.handle(inode)
             file = inode.file
             if file is None:
-                fd, writable = self._open_data(where, name)
+                fd, writable = self._open_data(where, name, inode.ino)
                 st = self.ctx.store.fstat(fd)
                 if st.st_ino != inode.ino or not stat.S_ISREG(st.st_mode):
                     self.ctx.store.close(fd)
@@ -65,7 +66,7 @@ class Opening(Entries):
             raise
         return file
 
-    def _open_data(self, dir_fd: int, name: bytes) -> tuple[int, bool]:
+    def _open_data(self, dir_fd: int, name: bytes, ino: int) -> tuple[int, bool]:
         """(descriptor, writable).
 
         A file its owner may not open is opened all the same: the kernel checked the caller.
@@ -76,12 +77,8 @@ class Opening(Entries):
         try:
             return open_ours(store, dir_fd, name, os.O_RDWR), True
         except PermissionError:
-            mode = stat.S_IMODE(store.lstat(dir_fd, name).st_mode)
-            store.chmod(dir_fd, name, mode | stat.S_IRUSR | stat.S_IWUSR)
-            try:
-                return open_ours(store, dir_fd, name, os.O_RDWR), True
-            finally:
-                store.chmod(dir_fd, name, mode)
+            with wider(store, dir_fd, name, stat.S_IRUSR | stat.S_IWUSR, ino=ino) as fd:
+                return open_ours(store, fd, b"", os.O_RDWR), True
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.ETXTBSY):
                 raise

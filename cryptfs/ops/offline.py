@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from cryptfs.errors import VolumeBusy
 from cryptfs.fs.context import FsContext, VolumeConfig
 from cryptfs.fs.epoch import read_state
+from cryptfs.fs.opening_closed import wider
 from cryptfs.fs.volume import Volume, open_volume
 from cryptfs.ports import Clock, DekProvider, Random, Store
 
@@ -128,9 +129,5 @@ def open_for_reading(store: Store, dir_fd: int, name: bytes) -> int:
     try:
         return store.open(dir_fd, name, flags)
     except PermissionError:
-        mode = stat.S_IMODE(store.lstat(dir_fd, name).st_mode)
-        store.chmod(dir_fd, name, mode | stat.S_IRUSR)
-        try:
-            return store.open(dir_fd, name, flags)
-        finally:
-            store.chmod(dir_fd, name, mode)
+        with wider(store, dir_fd, name, stat.S_IRUSR) as fd:
+            return store.open(fd, b"", flags)

@@ -20,6 +20,7 @@ from cryptfs.format.dirlog import Entry
 from cryptfs.fs.context import FsContext, sidecar_name, twin_name
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.making import Owner
+from cryptfs.fs.opening_closed import wider
 from cryptfs.fs.volume import Volume
 from cryptfs.names import NAME_MAX_BYTES, is_long, sealed_from_tree, tree_name
 from cryptfs.ports import RENAME_NOREPLACE
@@ -207,9 +208,7 @@ def rename_even_if_read_only(ctx: FsContext, src_fd: int, src: bytes, dst_fd: in
     try:
         store.rename(src_fd, src, dst_fd, dst, flags)
     except PermissionError:
-        st = store.lstat(src_fd, src)
-        if not stat.S_ISDIR(st.st_mode):
+        if not stat.S_ISDIR(store.lstat(src_fd, src).st_mode):
             raise
-        store.chmod(src_fd, src, stat.S_IMODE(st.st_mode) | stat.S_IWUSR)
-        store.rename(src_fd, src, dst_fd, dst, flags)
-        store.chmod(dst_fd, dst, stat.S_IMODE(st.st_mode))
+        with wider(store, src_fd, src, stat.S_IWUSR):
+            store.rename(src_fd, src, dst_fd, dst, flags)

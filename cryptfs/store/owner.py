@@ -8,8 +8,8 @@ this.
 
 What a crash between the two leaves: u+rwx on a directory that had less. Nobody gains by it but the owner, who may give
 himself these bits at any time; group, others and set-id bits stay as they were. Nothing else records the mode, so it
-stays wider until somebody sets it again. Data files without u+rw are opened in the same way (`fs.opening`), with the
-same consequence. The directory's ctime moves.
+stays wider until somebody sets it again. Data files without u+rw are opened in the same way (`fs.opening_closed`), with
+the same consequence. The directory's ctime moves.
 """
 
 from __future__ import annotations
@@ -184,14 +184,21 @@ class OwnersStore(LocalStore):
         try:
             return super().open(dir_fd, name, flags, mode)
         except PermissionError:
-            closed = self._closed(LocalStore.lstat(self, dir_fd, name)) if flags & os.O_DIRECTORY else None
-            if closed is None:
+            if not flags & os.O_DIRECTORY:
                 raise
-            LocalStore.chmod(self, dir_fd, name, closed | stat.S_IRWXU)
+            # By descriptor: another directory may lie under the name by the next call.
+            held = super().open(dir_fd, name, os.O_PATH | os.O_DIRECTORY)
             try:
-                return super().open(dir_fd, name, flags, mode)
+                closed = self._closed(os.fstat(held))
+                if closed is None:
+                    raise
+                LocalStore.chmod(self, held, b"", closed | stat.S_IRWXU)
+                try:
+                    return super().open(held, b".", flags, mode)
+                finally:
+                    LocalStore.chmod(self, held, b"", closed)
             finally:
-                LocalStore.chmod(self, dir_fd, name, closed)
+                os.close(held)
 
     def _closed(self, st: os.stat_result) -> int | None:
         """The mode of a directory that we own and that its mode keeps us out of; None for anything else.
