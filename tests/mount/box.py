@@ -105,9 +105,9 @@ class Box:
         """What the command said on stderr."""
         return self.run("mount", *options, self.vault, self.clear, code=code).stderr
 
-    def umount(self) -> None:
+    def umount(self, limit_s: float = ENDING_S) -> None:
         """Unmount with fusermount3 and wait for the daemon, as `cryptfs umount` does, but without starting Python."""
-        with ending(self.daemon_pid):
+        with ending(self.daemon_pid, limit_s):
             mounts.unmount(self.clear)
 
     def remount(self, *options: str) -> None:
@@ -210,11 +210,11 @@ class Box:
 
 
 @contextlib.contextmanager
-def ending(pid: int) -> Iterator[None]:
+def ending(pid: int, limit_s: float = ENDING_S) -> Iterator[None]:
     """The process ends by what is done inside."""
     with processes.watched(pid) as watch:
         yield
-        assert watch.has_ended(ENDING_S), f"process {pid} has not ended"
+        assert watch.has_ended(limit_s), f"process {pid} has not ended"
 
 
 @contextlib.contextmanager
