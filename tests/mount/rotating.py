@@ -7,7 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -96,12 +96,16 @@ def wait_for(box: Box, *states: str, limit_s: float = 90) -> dict[str, object]:
 
 @contextmanager
 def somebody_there(top: Path) -> Iterator[None]:
-    """A program that asks for something all the time: beside it everything is rewritten slowly."""
+    """A program that asks for something all the time: beside it everything is rewritten slowly.
+
+    It goes on where the daemon was killed.
+    """
     gone = threading.Event()
 
     def ask() -> None:
         while not gone.wait(0.05):
-            os.statvfs(top)
+            with suppress(OSError):
+                os.statvfs(top)
 
     asking = threading.Thread(target=ask)
     asking.start()

@@ -13,6 +13,7 @@ import pytest
 
 from tests.mount.box import PASSPHRASE, Box, boxed
 from tests.mount.domains import CONTENT, SECRET, cipher_dir, create, domains, mounted_id, unlock
+from tests.mount.rotating import look, populate, somebody_there, status, wait_for
 from tests.mount.syscalls import refused, reread
 
 pytestmark = pytest.mark.mount
@@ -138,3 +139,35 @@ def test_rotation_of_a_domain_and_of_its_volume_do_not_meet(mounted: Box, pay: P
     assert reread(mounted.clear / "plain") == CONTENT
     said = mounted.run("check", "--deep", mounted.vault).stdout
     assert "domain /pay: clean" in said, said
+
+
+def test_a_volume_is_rotated_around_locked_domains_and_one_that_is_made_meanwhile(mounted: Box, pay: Path) -> None:
+    box, other = mounted, mounted.clear / "other"
+    (pay / "inner").write_bytes(CONTENT)
+    box.run("lock", pay)
+    populate(box.clear)
+    before = {path: path.read_bytes() for path in cipher_dir(box).rglob("*") if path.is_file()}
+    with somebody_there(box.clear):
+        box.run("rotate", box.vault, "--kek", "--background")
+        wait_for(box, "running")
+        create(box, other)
+        (other / "file").write_bytes(CONTENT)
+        os.sync()
+    box.run("rotate", box.vault, "--destroy-old")
+    assert status(box)["older_versions"] == []
+    assert {path: path.read_bytes() for path in before} == before, "nothing of a domain is touched"
+    with refused(errno.ENOKEY):
+        os.listdir(pay)
+    # Not mounted: the command rewrites the places, too.
+    box.umount()
+    box.run("rotate", box.vault, "--kek", "--destroy-old")
+    assert (status(box)["kek_version"], status(box)["older_versions"]) == (3, [])
+    box.mount()
+    look(box.clear)
+    for path, name in ((pay, "inner"), (other, "file")):
+        unlock(box, path)
+        assert reread(path / name) == CONTENT
+        assert json.loads(box.run("info", "--json", path).stdout)["kek_version"] == 1
+    said = box.run("check", "--deep", box.vault).stdout
+    assert "domain /pay: clean" in said, said
+    assert "domain /other: clean" in said, said
