@@ -5,6 +5,8 @@ An error raised here on the command line may carry its own hint (`hinted`); the 
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TypeVar
 
 from cryptfs import errors
@@ -55,6 +57,8 @@ def hint_for(error: errors.CryptfsError) -> str:
     own: list[str] = getattr(error, "__notes__", [])
     if own:
         return own[0]
+    if isinstance(error, errors.StoreFailed) and os.strerror(errno.ENOENT) in str(error):
+        return "make the directory that it is to lie in first"
     for text, hint in _BY_TEXT.items():
         if text in str(error):
             return hint

@@ -194,8 +194,6 @@ def domains_of(path: Path, given: Given) -> list[dict[str, Any]]:
     cipher_dir = inside.cipher_dir if inside is not None else Path(os.path.realpath(path))
     read_volume(cipher_dir)
     there = domain_ids(cipher_dir)
-    if not there:
-        return []
 
     async def work(reached: Reached) -> Names:
         return await names_in(reached.access)

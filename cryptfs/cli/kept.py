@@ -89,8 +89,7 @@ def tries(volume: Volume, opened_with: Choice, value: bytes, others: Sequence[Ke
 
 def _asked(volume: Volume, known: set[bytes]) -> Carried:
     """The other protectors that a person wants to keep, with their secrets."""
-    import click
-
+    from cryptfs.cli import terminal
     from cryptfs.cli.keyfile import read_keyfile
 
     out: Carried = []
@@ -98,10 +97,10 @@ def _asked(volume: Volume, known: set[bytes]) -> Carried:
         if protector.protector_id in known:
             continue
         name = f"{protector.label!r} ({protector.kind})"
-        if not click.confirm(f"Shall {ui.printable(name)} go on opening the volume? It takes its secret", err=True):
+        if not terminal.ask_yes(f"Shall {ui.printable(name)} go on opening the volume? It takes its secret"):
             continue
         if protector.kind == KEYFILE:
-            secret = read_keyfile(Path(click.prompt("Its key file", err=True)))
+            secret = read_keyfile(Path(terminal.ask_line("Its key file: ")))
         else:
             secret = _choice(protector, None).read()
         out.append((protector.protector_id, secret))
@@ -120,7 +119,7 @@ def _choice(protector: Protector, file: Path | None) -> Choice:
 
 def agree(others: Sequence[Protector], *, asking: bool, drop_others: bool) -> None:
     """Say who is left out. Raises `UsageError` if nobody wants that."""
-    import click
+    from cryptfs.cli import terminal
 
     names = ui.printable(", ".join(f"{protector.label!r} ({protector.kind})" for protector in others))
     if drop_others:
@@ -130,5 +129,5 @@ def agree(others: Sequence[Protector], *, asking: bool, drop_others: bool) -> No
             UsageError(f"these protectors would be left out: {names}"),
             "--keep NAME=FILE carries one over, with its secret from a file; --drop-others agrees to their going",
         )
-    elif not click.confirm(f"Leave out {names}?", err=True):
+    elif not terminal.ask_yes(f"Leave out {names}?"):
         raise UsageError("nothing was changed")

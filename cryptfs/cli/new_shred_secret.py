@@ -35,6 +35,8 @@ class NewShredSecret:
     def __post_init__(self) -> None:
         if self.places > 1:
             raise UsageError("--shred-secret, --shred-keyfile and --shred-token: the secret can be in one place only")
+        if self.token is not None and not self.token.partition(":")[2]:
+            raise UsageError(f"--shred-token takes MODULE:TOKEN, and {self.token!r} names no token")
 
     @property
     def places(self) -> int:

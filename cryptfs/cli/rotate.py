@@ -66,8 +66,10 @@ def rotate(  # noqa: PLR0913 - one parameter per option
     if look:
         return _show(cipher_dir, as_json=as_json)
     if cancel:
-        rotating.cancel(cipher_dir)
-        ui.done("the rewriting stops; `cryptfs rotate DIR --kek`, or the next mount, goes on with it")
+        if rotating.cancel(cipher_dir):
+            ui.done("the rewriting stops; `cryptfs rotate DIR --kek`, or the next mount, goes on with it")
+        else:
+            ui.note("nothing is being rewritten")
         return 0
     if background:
         rotating.check_mounted(cipher_dir)
@@ -76,7 +78,7 @@ def rotate(  # noqa: PLR0913 - one parameter per option
     others = kept.kept(read_volume(cipher_dir), keep)
     unfinished, wanted = kek and rotating.is_unfinished(cipher_dir), kek
     with rotating.unlocked(cipher_dir, given, secret_wanted=kek) as secret:
-        rotating.check_in_use(cipher_dir)
+        rotating.check_in_use(cipher_dir, given)
         if unfinished:
             ui.note("an earlier rotation may not be finished: going on with that one")
             # If there was nothing left to do, it was finished, and this call is about another one.

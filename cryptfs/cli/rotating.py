@@ -80,10 +80,16 @@ def check_mounted(cipher_dir: Path) -> None:
         raise UsageError("the volume is not mounted: nobody would rewrite it in the background")
 
 
-def cancel(cipher_dir: Path) -> None:
-    """Have the daemon stop. Raises `UsageError` if there is none."""
-    if not _tell(_read(cipher_dir), "rotate-cancel"):
+def cancel(cipher_dir: Path) -> bool:
+    """Have the daemon stop; whether it was at work, or about to be. Raises `UsageError` if there is none."""
+    from cryptfs.cli.rotate import older_versions
+
+    volume = _read(cipher_dir)
+    now = known(volume)
+    if not _tell(volume, "rotate-cancel"):
         raise hinted(UsageError("the volume is not mounted: nothing is being rewritten"), "a `rotate` ends on ctrl-C")
+    report = now.report if now is not None else None
+    return bool(older_versions(volume)) and (report is None or report.state in {"running", "waiting"})
 
 
 def _tell(volume: Volume, verb: str) -> bool:
@@ -229,16 +235,25 @@ def destroy_older(cipher_dir: Path) -> None:
         edit.change(lambda client, data: destroy_keks(client, volume_id, data), lambda: None)
 
 
-def check_in_use(cipher_dir: Path) -> None:
-    """Have the agent look at the `volume` file as it is, and its daemon told of it, before anybody waits for that.
+def check_in_use(cipher_dir: Path, given: Given) -> None:
+    """That the `volume` file is authentic and this volume's, before it is changed, or anybody waits for a daemon.
 
-    Where an earlier call was killed before it could say so, this says it. Raises `VolumeDamaged` (somebody edited the
-    file), `RolledBack`, `VolumeLocked`, `VolumeBusy` (another process is changing it).
+    The agent looks at it, and tells the daemon of a mounted volume, as an earlier call that was killed did not. One
+    that is not mounted is opened, and nothing written: it may be the `volume` file of another. Raises `VolumeDamaged`,
+    `RolledBack`, `VolumeLocked`, `VolumeBusy` (another process is changing it).
     """
+    from cryptfs.cli.volume_access import Reached, with_volume
     from cryptfs.cli.volume_edit import Edit
     from cryptfs.keys.edit_requests import commit
+    from cryptfs.ops.offline import open_to_read, shut
 
     volume_id = _read(cipher_dir).volume_id
+    if _mounted_on(cipher_dir) is None:
+
+        async def look(reached: Reached) -> None:
+            await shut(reached.access, await open_to_read(reached.access))
+
+        with_volume(cipher_dir, given, look, exclusive=True)
     with Edit.of(cipher_dir) as edit:
         key_agent.ask(lambda client: commit(client, volume_id, edit.data))
 

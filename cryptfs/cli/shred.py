@@ -115,7 +115,8 @@ def _shred_id(volume_id: str, *, yes: bool) -> None:
     if len(wanted) != ID_BYTES:
         raise UsageError(f"an id has {2 * ID_BYTES} hexadecimal digits; {volume_id!r} is none")
     ui.warning(
-        f"the shred secret that this machine keeps for volume {wanted.hex()} is destroyed: nothing opens it then"
+        f"if this machine keeps a shred secret for volume {wanted.hex()}, it is to be destroyed: nothing opens that "
+        "volume or a copy of it then"
     )
     if not yes:
         _ask(wanted.hex()[:_NAME_DIGITS], f"the first {_NAME_DIGITS} digits of its id")
@@ -141,8 +142,9 @@ def _name_of(path: Path) -> str:
 
 
 def _ask(name: str, what: str) -> None:
+    from cryptfs.cli import terminal
     from cryptfs.errors import UsageError
 
-    typed = click.prompt(f"Type {what} ({name}) to destroy it for good", default="", show_default=False)
+    typed = terminal.ask_line(f"Type {what} ({ui.printable(name)}) to destroy it for good: ")
     if not name or typed != name:
         raise UsageError("that is not it: nothing was changed")

@@ -64,9 +64,15 @@ def read(volume: Volume) -> bytes:
 def ask_pin(token: str) -> bytes:
     """The PIN of the token that has the shred secret. Raises `UsageError` if nobody can be asked."""
     from cryptfs.cli import passphrase
+    from cryptfs.cli.advice import hinted
 
-    given = _pin_from_environment
-    return given if given is not None else passphrase.ask(f"PIN of the token {token!r}, which has the shred secret: ")
+    if (given := _pin_from_environment) is not None:
+        return given
+    words = passphrase.Words("PIN of the shred secret's token", "", PIN_VARIABLE)
+    try:
+        return passphrase.ask(f"PIN of the token {token!r}, which has the shred secret: ", words)
+    except UsageError as failure:
+        raise hinted(UsageError(str(failure)), f"or give it with the variable {PIN_VARIABLE}") from None
 
 
 def claim_environment() -> None:

@@ -10,6 +10,11 @@ from cryptfs.errors import UsageError
 LINE_MAX_BYTES = 4096
 
 
+def ask_yes(question: str) -> bool:
+    """Whether the answer begins with a y. Raises `UsageError` if there is no terminal."""
+    return ask_line(f"{question} [y/N]: ").strip().lower() in ("y", "yes")
+
+
 def ask_line(question: str) -> str:
     """One line, without its end. Raises `UsageError` if there is no terminal."""
     try:

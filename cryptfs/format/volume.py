@@ -136,6 +136,14 @@ class Volume:
         return EPHEMERAL in self.features
 
 
+def is_destroyed(data: bytes | None) -> bool:
+    """Whether there is no `volume` file (None), or one of zeros, as a crash leaves of its destruction.
+
+    A domain was shredded if that is so, and `DOMAIN_SHREDDED` beside it says so.
+    """
+    return not any(data or b"")
+
+
 def split_mac(data: bytes) -> tuple[bytes, bytes]:
     """(the bytes the MAC covers, the MAC of 32 bytes) of a whole file that `parse_volume` accepted."""
     return data[:-MAC_BYTES], data[-MAC_BYTES:]

@@ -19,7 +19,7 @@ import stat
 from contextlib import suppress
 
 from cryptfs.errors import Damaged
-from cryptfs.format.volume import FILE_MAX_BYTES
+from cryptfs.format.volume import FILE_MAX_BYTES, is_destroyed
 from cryptfs.fs.context import FsContext, open_ours
 from cryptfs.fs.inodes import Inode
 from cryptfs.fs.volume import Volume
@@ -69,7 +69,7 @@ def find_name(ctx: FsContext, domain_id: bytes) -> bytes:
 
 
 def is_shredded(ctx: FsContext, domain_id: bytes) -> bool:
-    """Whether `shred` destroyed the domain, as `was_shredded` has it.
+    """Whether `shred` destroyed the domain.
 
     Blocks. Raises OSError; a domain that is not there at all was not shredded.
     """
@@ -92,9 +92,9 @@ def is_shredded_at(ctx: FsContext, name: bytes) -> bool:
 
 
 def was_shredded(store: Store, fd: int) -> bool:
-    """Whether `shred` destroyed the domain in the directory behind `fd`: it said so, and there is no `volume` file.
+    """Whether `shred` destroyed the domain in the directory behind `fd` (`format.volume.is_destroyed`).
 
-    One of zeros, which a crash leaves of its destruction, is none. Blocks. Raises OSError.
+    Blocks. Raises OSError.
     """
     try:
         store.lstat(fd, SHREDDED)
@@ -103,11 +103,11 @@ def was_shredded(store: Store, fd: int) -> bool:
     try:
         volume = open_ours(store, fd, b"volume", os.O_RDONLY)
     except FileNotFoundError:
-        return True
+        return is_destroyed(None)
     except Damaged:
         return False
     try:
-        return not any(store.pread(volume, FILE_MAX_BYTES, 0))
+        return is_destroyed(store.pread(volume, FILE_MAX_BYTES, 0))
     finally:
         store.close(volume)
 

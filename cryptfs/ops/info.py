@@ -9,8 +9,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from cryptfs.errors import NotAVolume, NotPermitted, StoreFailed, VolumeDamaged
-from cryptfs.format.volume import FILE_MAX_BYTES, FORMAT_VERSION, Protector, Volume, parse_volume
+from cryptfs.format.volume import FILE_MAX_BYTES, FORMAT_VERSION, Protector, Volume, is_destroyed, parse_volume
 from cryptfs.ops.domains import domain_ids
+from cryptfs.types import DOMAIN_SHREDDED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,12 +22,13 @@ VOLUME_FILE = "volume"
 def read_volume_file(cipher_dir: Path) -> bytes:
     """The bytes of the `volume` file (FORMAT.md §3), as they are; at most 1 MiB and 48 bytes.
 
-    Raises `NotAVolume` (no such directory or file), `NotPermitted`, `VolumeDamaged` (too large), `StoreFailed` (I/O).
+    Raises `NotAVolume` (no such directory or file; a domain that was shredded), `NotPermitted`, `VolumeDamaged` (too
+    large), `StoreFailed` (I/O).
     """
     try:
         fd = os.open(cipher_dir / VOLUME_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotAVolume(_why_not(cipher_dir)) from None
+        raise _shredded(cipher_dir) or NotAVolume(_why_not(cipher_dir)) from None
     except PermissionError:
         raise NotPermitted(f"{cipher_dir / VOLUME_FILE} may not be read by this user") from None
     except OSError as error:
@@ -41,7 +43,18 @@ def read_volume_file(cipher_dir: Path) -> bytes:
         os.close(fd)
     if len(data) > FILE_MAX_BYTES:
         raise VolumeDamaged("the volume file is damaged: it is too long")
+    if is_destroyed(bytes(data)) and (shredded := _shredded(cipher_dir)):
+        raise shredded
     return bytes(data)
+
+
+def _shredded(cipher_dir: Path) -> NotAVolume | None:
+    """For a directory whose `volume` file is destroyed: whether it says that this was a domain, and shredded."""
+    if not os.path.lexists(cipher_dir / DOMAIN_SHREDDED):
+        return None
+    failure = NotAVolume(f"{cipher_dir} is a domain that was shredded: nothing opens it any more")
+    failure.add_note("`rmdir` of its directory in the mounted volume removes what is left of it")
+    return failure
 
 
 def read_volume(cipher_dir: Path) -> Volume:

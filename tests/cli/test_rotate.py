@@ -71,6 +71,20 @@ def test_what_takes_a_mount(cryptfs: Cryptfs, vault: Path) -> None:
     assert shown(cryptfs, vault)["kek_version"] == 1
 
 
+def test_the_volume_file_of_another_is_not_rotated(cryptfs: Cryptfs, vault: Path) -> None:
+    other = cryptfs.root / "other"
+    cryptfs.run("init", "--kdf-cost", "low", other, passphrase="another horse 8")
+    mine, others = (vault / "volume").read_bytes(), (other / "volume").read_bytes()
+    (vault / "volume").write_bytes(others)
+    for words in (("--kek",), ("--kek", "--destroy-old")):
+        cryptfs.run("rotate", vault, *words, passphrase="another horse 8", code=11)
+        assert (vault / "volume").read_bytes() == others
+    assert cryptfs.status() == []
+    (vault / "volume").write_bytes(mine)
+    cryptfs.run("check", vault, passphrase=PASSPHRASE)
+    cryptfs.run("check", other, passphrase="another horse 8")
+
+
 def test_no_volume(cryptfs: Cryptfs, tmp_path: Path) -> None:
     cryptfs.run("rotate", tmp_path, "--kek", passphrase=PASSPHRASE, code=10)
     cryptfs.run("rotate", tmp_path, "--status", code=10)

@@ -108,6 +108,7 @@ def test_cancelled_seen_and_gone_on_with(mounted: Box) -> None:
         "failed": None, "left": None, "message": None, "failed_ids": [],
     }  # fmt: skip
     populate(box.clear)
+    assert "nothing is being rewritten" in box.run("rotate", box.vault, "--cancel").stderr
     with somebody_there(box.clear):
         box.run("rotate", box.vault, "--kek", "--background")
         assert wait_for(box, "running")["older_versions"] == [1]

@@ -97,7 +97,7 @@ def test_a_mounted_volume_is_not_shredded(bare: Box) -> None:
 def test_another_name_or_none_destroys_nothing(bare: Box) -> None:
     bare.init("--shred-secret")
     before = (bare.vault / "volume").read_bytes()
-    bare.run("shred", bare.vault, code=None)
+    assert "no terminal" in bare.run("shred", bare.vault, code=USAGE).stderr
     assert (bare.vault / "volume").read_bytes() == before
     bare.unlock()
 
@@ -190,6 +190,16 @@ def test_leftovers_of_an_ephemeral_volume_are_cleaned_up(bare: Box, how: str) ->
     bare.mount()
     assert list(bare.clear.iterdir()) == []
     bare.umount()
+
+
+@pytest.mark.parametrize("token", ["card", "card:", ":"])
+def test_a_shred_token_without_a_name_is_refused_before_anything_is_asked(bare: Box, token: str) -> None:
+    said = bare.run("init", "--shred-token", token, bare.vault, code=USAGE).stderr
+    assert "MODULE:TOKEN" in said
+    said = bare.run("init", "--shred-token", f"{MODULE}:card", bare.vault, code=USAGE).stderr
+    assert "PIN" in said
+    assert "CRYPTFS_SHRED_PIN" in said
+    assert not bare.vault.exists()
 
 
 def test_ephemeral_and_shred_secret_do_not_go_together(bare: Box) -> None:
@@ -366,6 +376,8 @@ def test_everybody_says_that_a_domain_was_shredded_and_calls_nothing_damaged(bar
     assert "shredded" in bare.run("export", bare.vault, "/", bare.root / "copy").stderr
     assert sorted(os.listdir(bare.root / "copy")) == ["menu", "payroll"]
     assert "shredded" in bare.run("export", bare.vault, "/payroll/salaries", bare.root / "one", code=LOCKED).stderr
+    for words in (("unlock",), ("rotate", "--kek"), ("shred", "--yes"), ("info",), ("protector", "list")):
+        assert "was shredded" in bare.run(*words, inner, code=NOT_A_VOLUME).stderr
     # Its directory alone proves nothing: without the word that `shred` leaves it is damage.
     (inner / "shredded").unlink()
     bare.run("check", bare.vault, code=DAMAGED)
