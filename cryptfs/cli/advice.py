@@ -37,6 +37,8 @@ _BY_TEXT: dict[str, str] = {
     # What the agent says of a directory of its own (`agent.places`): no room there would help.
     "lies in the cryptfs mount": "have XDG_STATE_HOME name a directory outside of every cryptfs mount; then "
     "`cryptfs agent stop`",
+    # `agent.shred_store`.
+    "cannot be kept": "make room in the key agent's state directory, or make it writable",
     # `agent.listen`, `paths.private_dir`: nobody else need be in it.
     "is no socket; it is left alone": "move it away, then try again",
     "is open to other users": "`chmod 700` takes the others' rights away, if what lies there is yours",

@@ -26,6 +26,7 @@ DAMAGED = 21
 DENIED = 23
 BACKEND_AWAY = 30
 NOT_A_VOLUME = 10
+UNSUPPORTED = 12
 USAGE = 2
 OTHER = {"CRYPTFS_PASSPHRASE": "another horse, another staple 8"}
 
@@ -147,6 +148,38 @@ def test_an_ephemeral_volume_is_gone_with_its_mount(bare: Box) -> None:
     assert list(bare.clear.iterdir()) == []
     (bare.clear / "again").write_text("works")
     assert (bare.clear / "again").read_text() == "works"
+    bare.umount()
+
+
+@pytest.mark.parametrize("how", ["umount", "lock", "agent killed", "agent stop"])
+def test_what_ends_an_ephemeral_volume_ends_every_copy_of_it(bare: Box, how: str) -> None:
+    bare.init("--ephemeral", "--block-size", "4K")
+    bare.mount()
+    bare.run("policy", bare.vault, "--max-age", "5m")
+    (bare.clear / "scratch").write_bytes(b"for now" * 1000)
+    os.sync()
+    copy = Path(shutil.copytree(bare.vault, bare.root / "copy", symlinks=True))
+    if how == "lock":
+        bare.run("lock", bare.clear)
+        with refused(errno.ENOKEY):
+            os.listdir(bare.clear)
+    elif how == "agent killed":
+        bare.kill_agent()
+    elif how == "agent stop":
+        bare.run("agent", "stop")
+    else:
+        bare.umount()
+    for where in (bare.vault, copy):
+        assert "its key is gone" in bare.run("unlock", where, code=UNSUPPORTED).stderr
+        bare.run("export", where, "/scratch", bare.root / "out", code=UNSUPPORTED)
+    if how != "umount":
+        bare.umount()
+    before = (bare.vault / "volume").read_bytes()
+    bare.mount()
+    now = parse_volume((bare.vault / "volume").read_bytes())
+    assert now.volume_id != parse_volume(before).volume_id
+    assert (now.block_size, now.policy.max_age_s) == (4096, None), "a policy lasts as long as the mount"
+    assert list(bare.clear.iterdir()) == []
     bare.umount()
 
 
