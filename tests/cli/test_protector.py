@@ -197,7 +197,7 @@ def test_init_with_each_kind(cryptfs: Cryptfs) -> None:
         (("--kind", "pkcs11"), "which token?"),
         (("--kind", "passphrase", "--token", "x"), "--token is for protectors of the kind pkcs11"),
         (("--kind", "keyfile", "--kdf-cost", "low"), "--kdf-cost is for protectors of the kind passphrase"),
-        (("--new-keyfile", "x", "--use-keyfile", "y"), "a key file is needed: one"),
+        (("--new-keyfile", "x", "--use-keyfile", "y"), "a key file is needed, and one only"),
         (("--new-keyfile", "x", "--out", "y"), "--out is for protectors of the kind recovery"),
         (("--kind", "passphrase", "--label", "passphrase", "--new-passfile", "/dev/null"), "has a protector"),
         (("--kind", "passphrase", "--label", "", "--new-passfile", "/dev/null"), "printable characters"),
