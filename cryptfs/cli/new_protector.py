@@ -53,7 +53,9 @@ class NewProtector:
             if given and other != kind:
                 raise UsageError(f"{given[0]} is for protectors of the kind {other}, and this one is {kind}")
         if kind == KEYFILE and len(by_kind[KEYFILE]) != 1:
-            raise hinted(UsageError("a key file is needed, and one only"), "--new-keyfile PATH makes one of random bytes")
+            raise hinted(
+                UsageError("a key file is needed, and one only"), "--new-keyfile PATH makes one of random bytes"
+            )
         if kind == RECOVERY and self.out is None:
             from cryptfs.cli.recovery import has_terminal
 
