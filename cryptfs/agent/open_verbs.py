@@ -91,12 +91,22 @@ class Opening:
                 return create_volume(new, secret, self._providers, self._random, volume_id=volume_id)
             # Durable before the volume is: no volume may need a secret that a crash took.
             shred, params = self._places.make(new.shred_kind, new.shred_params, given, volume_id)
-            with shred:
-                placed = replace(new, shred_params=params)
-                return create_volume(placed, secret, self._providers, self._random, shred, volume_id)
+            try:
+                with shred:
+                    placed = replace(new, shred_params=params)
+                    return create_volume(placed, secret, self._providers, self._random, shred, volume_id)
+            except BaseException:
+                self._places.destroy_kept(volume_id)
+                raise
 
         unlocked = await self._threads.open_with(secret, create)
-        await self._on_record(peer, "create", unlocked, {})
+        try:
+            await self._on_record(peer, "create", unlocked, {})
+        except BaseException:
+            if new.shred_kind:
+                with trio.CancelScope(shield=True):
+                    await self._threads.ask_root(lambda: self._places.destroy_kept(volume_id))
+            raise
         if unlocked.volume.ephemeral:
             self._records.only_in_memory(volume_id)
         self._volumes.hold(unlocked, b"", Terms(), holder)

@@ -6,6 +6,7 @@ in start an agent. One that is just ending may close the door on us: connecting 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cryptfs import paths
 from cryptfs.cli import agent_process, plain_agent
 from cryptfs.cli.plain_agent import NotReached
-from cryptfs.errors import AgentUnavailable
+from cryptfs.errors import AgentUnavailable, CryptfsError
 
 if TYPE_CHECKING:
     from cryptfs.cli.hold import Hold
@@ -247,13 +248,25 @@ def create_volume(cipher_dir: Path, new: VolumeWish, hold: Hold | None = None) -
         done = False
         try:
             await lay_out(cipher_dir, volume_file, volume_id, client)
-            done = hold is not None and hold.join(volume_id)
+            done = True
         finally:
-            if not done:
-                with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True):
+                if not done:
+                    await _undone(client, new, volume_id)
+                elif hold is None or not hold.join(volume_id):
                     await client.lock(volume_id)
 
     ask(request)
+
+
+async def _undone(client: AgentClient, new: VolumeWish, volume_id: bytes) -> None:
+    """Nothing came of a new volume: its key goes, and its shred secret, if the agent keeps it."""
+    from cryptfs.keys import edit_requests
+
+    await client.lock(volume_id)
+    if new.shred_kind:
+        with contextlib.suppress(CryptfsError):
+            await edit_requests.shred_id(client, volume_id)
 
 
 def create_domain(cipher_dir: Path, place: Path, new: VolumeWish) -> bytes:
@@ -265,6 +278,7 @@ def create_domain(cipher_dir: Path, place: Path, new: VolumeWish) -> bytes:
 
     from cryptfs.cli import new_domain
     from cryptfs.format.volume import parse_volume
+    from cryptfs.ops.domains import domain_dir
 
     async def request(client: AgentClient) -> bytes:
         volume_file = await client.create(new, while_connected=True)
@@ -274,7 +288,11 @@ def create_domain(cipher_dir: Path, place: Path, new: VolumeWish) -> bytes:
             await client.hold(volume_id, while_connected=False)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await client.lock(volume_id)
+                if domain_dir(cipher_dir, volume_id).exists():
+                    # It is, or may be, one all the same.
+                    await client.lock(volume_id)
+                else:
+                    await _undone(client, new, volume_id)
             raise
         return volume_id
 

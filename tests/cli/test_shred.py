@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from cryptfs import paths
 from cryptfs.ops.info import read_volume
 from tests.cli.conftest import PASSPHRASE, Cryptfs
+from tests.softhsm import SoftHsm
 
 NO_VOLUME, DAMAGED, LOST, USAGE = 10, 11, 29, 2
 VARIABLE = "CRYPTFS_SHRED_KEYFILE"
@@ -121,6 +124,38 @@ def test_nothing_is_destroyed_if_one_of_several_cannot_be(cryptfs: Cryptfs, vaul
     for each in (vault, whole):
         opens(cryptfs, each)
     opens(cryptfs, without, moved)
+
+
+def test_what_the_root_keys_holder_refuses_leaves_no_secret(cryptfs: Cryptfs, token: SoftHsm) -> None:
+    new = cryptfs.root / "new"
+    cryptfs.run("init", new, "--shred-secret", "--token", "card", code=13, env={"CRYPTFS_PIN": "000000"})
+    assert not new.exists()
+    assert shred_secrets() == []
+
+
+@pytest.mark.mount
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_volume_that_was_never_made_leaves_no_secret(cryptfs: Cryptfs) -> None:
+    new = cryptfs.root / "new"
+    words = ("init", "--shred-secret", "--kdf-cost", "low", new)
+    new.mkdir(0o700)
+    # No room for the directories of sidecars.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=100,mode=700", "none", new], check=True)
+    try:
+        cryptfs.run(*words, passphrase=PASSPHRASE, code=19)
+        assert os.listdir(new) == []
+    finally:
+        subprocess.run(["umount", new], check=True)
+    assert shred_secrets() == []
+    assert cryptfs.status() == []
+    cryptfs.run(*words, passphrase=PASSPHRASE)
+    assert len(shred_secrets()) == 1
+
+
+def shred_secrets() -> list[str]:
+    """What the agent keeps."""
+    where = Path(paths.state_dir(), "shred")
+    return os.listdir(where) if where.is_dir() else []
 
 
 def test_by_its_id_alone(cryptfs: Cryptfs) -> None:
