@@ -61,6 +61,8 @@ def hint_for(error: errors.CryptfsError) -> str:
         return own[0]
     if isinstance(error, errors.StoreFailed) and os.strerror(errno.ENOENT) in str(error):
         return "make the directory that it is to lie in first"
+    if isinstance(error, errors.StoreFailed) and os.strerror(errno.EACCES) in str(error):
+        return _BY_CLASS[errors.NotPermitted]
     for text, hint in _BY_TEXT.items():
         if text in str(error):
             return hint

@@ -51,7 +51,7 @@ def _filters(command: F) -> F:
 
 
 @audit.command()
-@click.argument("dir", type=click.Path(path_type=Path), required=False)
+@click.argument("dir", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--since", metavar="WHEN", help="From then on: 2026-01-31, 2026-01-31T12:00, 90m, 24h or 7d ago.")
 @click.option("--until", metavar="WHEN", help="Up to then.")
 @click.option("--path", "path", metavar="PATH", help="Only keys of PATH in the volume DIR, and of what is below it.")
@@ -96,7 +96,7 @@ def show(  # noqa: PLR0913  one parameter per option
 
 
 @audit.command()
-@click.argument("dir", type=click.Path(path_type=Path), required=False)
+@click.argument("dir", type=click.Path(path_type=Path, readable=False), required=False)
 @_filters
 def follow(
     dir: Path | None,  # noqa: A002
@@ -125,7 +125,7 @@ def follow(
 
 
 @audit.command()
-@click.argument("dir", type=click.Path(path_type=Path), required=False)
+@click.argument("dir", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--json", "as_document", is_flag=True, help="Print a JSON document.")
 @protectors.options
 def verify(

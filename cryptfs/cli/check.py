@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.option("--deep", is_flag=True, help="Read and authenticate every block.")
 @click.option(
     "--repair", is_flag=True, help="Put right what can be; the rest goes to a directory in the volume. Not mounted."

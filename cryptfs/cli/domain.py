@@ -28,7 +28,7 @@ def domain() -> None:
 
 
 @domain.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--block-size",
     metavar="N",
@@ -164,7 +164,7 @@ def _is_or_may_be_domain(path: Path) -> bool:
 
 
 @domain.command("list")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document: a list of domains.")
 @protectors.options
 def list_domains(path: Path, *, as_json: bool, given: Given) -> None:

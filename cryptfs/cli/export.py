@@ -12,9 +12,9 @@ from cryptfs.cli.protectors import Given
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path))
-@click.argument("path", type=click.Path())
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
+@click.argument("path", type=click.Path(readable=False))
+@click.argument("dest", type=click.Path(path_type=Path, readable=False))
 @click.option("--skip-damaged", is_flag=True, help="Go on past damage; what is lost becomes zeros and is reported.")
 @protectors.options
 def export(

@@ -13,7 +13,7 @@ _HIDDEN = ("salt", "key_id")
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 def info(dir: Path, *, as_json: bool) -> None:  # noqa: A002  the argument's name is part of the help text
     """Show a volume's format, sizes and protectors.

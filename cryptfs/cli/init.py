@@ -24,7 +24,7 @@ DEFAULT_BLOCK_SIZE = "16K"
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--block-size",
     metavar="N",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dir_or_mountpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("dir_or_mountpoint", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--all", "everything", is_flag=True, help="Lock every volume that is unlocked.")
 def lock(dir_or_mountpoint: Path | None, *, everything: bool) -> None:
     """Make every process forget the keys of a volume or domain, named by its directory or where it is mounted.

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
+@click.argument("mountpoint", type=click.Path(path_type=Path, readable=False))
 @click.option("-f", "--foreground", is_flag=True, help="Stay until it is unmounted; Ctrl-C or SIGTERM unmounts.")
 @click.option(
     "-o", "fuse_options", metavar="OPT[,OPT...]", multiple=True, help="Mount options, for example allow_other."

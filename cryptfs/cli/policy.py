@@ -44,7 +44,7 @@ def _time(field: str) -> OrDefault:
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--max-age", "max_age_s", metavar="T", type=_time("max_age_s"), help="Longest time a key may stay with the daemon."
 )

@@ -27,7 +27,7 @@ def protector() -> None:
 
 
 @protector.command("list")
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document.")
 def list_(dir: Path, *, as_json: bool) -> None:  # noqa: A002
     """List the protectors of the volume DIR. It is read without a key, so an edited file shows edited values."""
@@ -44,7 +44,7 @@ def list_(dir: Path, *, as_json: bool) -> None:  # noqa: A002
 
 
 @protector.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.option("--kind", type=new_protector.KIND_CHOICE, help="What opens it (default: what the options are for).")
 @click.option("--label", metavar="TEXT", help="A name for it, readable by anyone (default: its kind).")
 @_new_options
@@ -73,7 +73,7 @@ def add(dir: Path, *, new: NewProtector, given: Given) -> None:  # noqa: A002
 
 
 @protector.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.argument("name")
 @click.option("--label", metavar="TEXT", help="Another label for it.")
 @_new_options
@@ -116,7 +116,7 @@ def change(dir: Path, name: str, *, new: NewProtector, given: Given) -> None:  #
 
 
 @protector.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @protectors.options

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.option("--kek", is_flag=True, help="Make a new key encryption key and rewrite everything under it.")
 @click.option("--destroy-old", is_flag=True, help="Destroy the older keys once nothing needs them.")
 @click.option("--background", is_flag=True, help="Do not wait: the mounted volume goes on by itself.")

@@ -18,8 +18,8 @@ _NAME_DIGITS = 8
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path), required=False)
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.argument("dir", type=click.Path(path_type=Path, readable=False), required=False)
+@click.argument("path", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--yes", is_flag=True, help="Do not ask: for scripts.")
 @click.option("--without-secret", is_flag=True, help="Go on although a shred secret is lost; copies of it stay good.")
 @click.option("--id", "volume_id", metavar="HEX", help="The id of a volume whose `volume` file is damaged or gone.")
@@ -62,12 +62,12 @@ def _shred(dir: Path, path: Path | None, given: Given, *, yes: bool, without_sec
 
     cipher_dir = cipher_dir_of(dir) if path is None else _domain_in(dir, path, given)
     part = is_domain(cipher_dir)
-    # Domains have keys of their own, and open without the volume they lie in.
-    inner = [] if part else domain_ids(cipher_dir)
     try:
         whole = shredding.seen(cipher_dir, part=part, without_secret=without_secret)
     except VolumeDamaged as error:
         raise hinted(error, "`cryptfs shred --id ID` destroys a shred secret that this machine keeps for it") from None
+    # Domains have keys of their own, and open without the volume they lie in.
+    inner = [] if part else domain_ids(cipher_dir)
     known: list[Condemned] = []
     unknown: list[bytes] = []
     for domain_id in inner:

@@ -17,7 +17,7 @@ DAEMON_END_S = 120.0
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=click.Path(path_type=Path, readable=False))
 @click.option("--keep-unlocked", is_flag=True, help="Leave the volume's key in the agent.")
 def umount(mountpoint: Path, *, keep_unlocked: bool) -> None:
     """Unmount what is mounted on MOUNTPOINT; also clears a mount whose daemon was killed."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dir", type=click.Path(path_type=Path))
+@click.argument("dir", type=click.Path(path_type=Path, readable=False))
 @click.option("--for", "for_s", metavar="T", type=DURATION, help="Lock it again after T, for example 8h.")
 @click.option("--idle", "idle_s", metavar="T", type=DURATION, help="Lock it when no key was needed for T.")
 @protectors.options

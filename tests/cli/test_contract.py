@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import signal
 from pathlib import Path
@@ -120,3 +122,22 @@ def test_a_hint_of_its_own_comes_before_that_of_the_class() -> None:
     assert hint_for(errors.NotAVolume("x")) == "`cryptfs init DIR` makes a volume"
     assert hint_for(hinted(errors.NotAVolume("x"), "look again")) == "look again"
     assert hint_for(errors.CryptfsError("x")) == ""
+
+
+def test_what_may_not_be_read_is_found_out_by_us_and_not_by_the_parser() -> None:
+    """Which would call another user's volume a wrong argument (2); it is `NotPermitted`, or only a name."""
+    paths = [
+        (verb, argument.type)
+        for verb, command in commands().items()
+        for argument in command.params
+        if isinstance(argument, click.Argument) and isinstance(argument.type, click.Path)
+    ]
+    assert len(paths) > 15
+    assert [verb for verb, kind in paths if kind.readable] == []
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"), [(errno.ENOENT, "make the directory"), (errno.EACCES, "as the user"), (errno.ENOSPC, "full")]
+)
+def test_a_refusal_of_the_system_has_a_hint_that_fits(number: int, hint: str) -> None:
+    assert hint in hint_for(errors.StoreFailed(f"/there: {os.strerror(number)}"))

@@ -23,6 +23,7 @@ COMMANDS = {
     "accept": ("check", "VAULT", "--accept-all"),
     "verify": ("audit", "verify", "VAULT"),
     "export": ("export", "VAULT", "/", "OUT"),
+    "init": ("init", "OUT", "--kdf-cost", "low"),
 }
 
 
