@@ -21,6 +21,7 @@ BLOCKS = 64
 FILES_MAX = 32
 """Files that have a reserve at a time: at twice `BLOCKS`, 4096 keys."""
 SHORTLY_S = 0.05
+"""From a write to its file's keys at most; a file that is closed within half of it has none brought."""
 
 
 class Reserve:
@@ -28,6 +29,7 @@ class Reserve:
 
     def __init__(self) -> None:
         self._due: set[FileNode] = set()
+        self._ripening: set[FileNode] = set()
         self._having: set[FileNode] = set()
         self._wake = trio.Event()
 
@@ -41,9 +43,10 @@ class Reserve:
         """Bring keys, for ever. An agent that is away is no concern of this task's."""
         while True:
             await self._wake.wait()
-            await trio.sleep(SHORTLY_S)
-            self._wake = trio.Event()
-            due, self._due = self._due, set()
+            await trio.sleep(SHORTLY_S / 2)
+            due, self._ripening, self._due = self._ripening, self._due, set()
+            if not self._ripening:
+                self._wake = trio.Event()
             self._having = {file for file in self._having if file.opens and file.has_deks(1)}
             for file in due:
                 if file.opens and not file.has_deks(BLOCKS) and len(self._having) < FILES_MAX:
