@@ -38,6 +38,7 @@ def _each(pattern: str, words: Iterable[str], reason: str, sometimes: str = "") 
 
 
 _WRITTEN = ("write", "ftruncate", "ftruncate to the same size", "truncate", "append", "copy_file_range")
+_NO_GROUP_EXEC = ("2745", "2766", "2644", "6666", "7644")
 _FAR = (
     r"-2147483648, 1",
     r"-2147483649, 1",
@@ -57,6 +58,12 @@ EXPECTED: tuple[Expected, ...] = (
     *_each("set_id_bits / descriptor's after % of 2767 by ben ", _WRITTEN, GROUP_EXEC),
     *_each("set_id_bits / descriptor's after % of 2666 by ben ", _WRITTEN, GROUP_EXEC),
     *_each("set_id_bits / chown of nothing of % by ben ", ("2767", "2666"), GROUP_EXEC),
+    *(
+        expected for what in ("write", "writev to append", "cut", "grow", "same size", "direct")
+        for expected in _each(f"written_set_id / lstat file after {what} % by ann ", _NO_GROUP_EXEC, GROUP_EXEC)
+    ),
+    *_each("chown_of_set_id / reg % to nothing by ben ", ("2745", "2766", "2644"), GROUP_EXEC),
+    *_each("chown_of_set_id / fifo % to nothing by ben ", ("2745", "2766", "2644"), GROUP_EXEC),
     Expected("moved_by_names / unlink one name of symlink: times of #0 ", ATIME, SOMETIMES),
     *_each("moved_by_names / rename symlink%: times of #[02] ", (" over", " within"), ATIME, SOMETIMES),
     Expected("moved_by_attributes / chown symlink [-:0-9]+: times of #0 ", ATIME),

@@ -6,10 +6,10 @@ import errno
 import os
 import sys
 
-from tests.posix import on_files, on_names, on_rights, on_times, on_trees
+from tests.posix import on_callers, on_effects, on_files, on_names, on_rights, on_times, on_trees
 from tests.posix.probe import SCENARIOS, Probe, remove
 
-MODULES = (on_files, on_names, on_rights, on_times, on_trees)
+MODULES = (on_callers, on_effects, on_files, on_names, on_rights, on_times, on_trees)
 
 
 def main(words: list[str]) -> None:

@@ -31,6 +31,13 @@ LONG = frozenset(
         "link_limit",
         "open_flags",
         "set_id_bits_of_others",
+        "sticky_directories",
+        "chown_of_set_id",
+        "chmod_of_set_group_id",
+        "written_set_id",
+        "nodes_by_everybody",
+        "times_by_everybody",
+        "times_of_calls",
     }
 )
 """Large products, thousands of lines each: `make torture`."""
