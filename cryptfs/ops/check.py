@@ -27,6 +27,7 @@ from cryptfs.ops.check_files import DirRef, FileJob, check_files
 from cryptfs.ops.check_live import Recheck
 from cryptfs.ops.check_report import Finding, Report, Severity, Spot, Tally, What
 from cryptfs.ops.check_sidecars import Sidecars, list_sidecars
+from cryptfs.ops.lost_state import STATE_NEW
 from cryptfs.ops.offline import Access, Looking, Settle, open_to_read, shut
 from cryptfs.ports import Store
 from cryptfs.types import Kind
@@ -386,8 +387,9 @@ class Check:
         all_seen = self.complete and not self.lost_dirs and not self.absent and not self.strays
         self.report.findings += check_domains.unnamed(self.ctx, self.domains, all_seen=all_seen)
         for name in store.listdir(store.root()):
-            if name == b"volume.new":
-                self.add(Finding(Severity.LEFTOVER, What.UNFINISHED, name, "volume", "a rewrite that a crash cut"))
+            if name in (b"volume.new", STATE_NEW):
+                of = name.removesuffix(b".new").decode()
+                self.add(Finding(Severity.LEFTOVER, What.UNFINISHED, name, of, "a rewrite that a crash cut"))
             elif name not in _TOP_LEVEL:
                 self.add(Finding(Severity.NOTICE, What.FOREIGN, name, "foreign", "not a part of the volume"))
 

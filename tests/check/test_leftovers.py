@@ -38,16 +38,17 @@ async def test_leftovers_are_no_damage_and_repair_removes_them(lab: Lab) -> None
     log = lab.tree / ".dir.new"
     (lab.root / "tmp" / "dir").mkdir()
     (lab.root / "tmp" / "dir" / "x").write_bytes(b"x")
-    for path in (orphan, twin, unfinished, log, lab.root / "volume.new"):
+    rewrites = lab.root / "volume.new", lab.root / "state.new"
+    for path in (orphan, twin, unfinished, log, *rewrites):
         path.write_bytes(b"x")
     report = await lab.check()
     assert report.result == "clean"
     assert {f.what.value for f in report.leftovers} == {"orphan", "unfinished"}
-    assert len(report.leftovers) == 6
+    assert len(report.leftovers) == 7
     repaired = await lab.repair()
     assert repaired.result == "repaired"
     assert all(f.action for f in repaired.findings)
-    for path in (orphan, twin, unfinished, log, lab.root / "volume.new", lab.root / "tmp" / "dir"):
+    for path in (orphan, twin, unfinished, log, *rewrites, lab.root / "tmp" / "dir"):
         assert not path.exists()
     assert not (lab.root / "damaged").exists()
     assert (await lab.repair()).findings == []
