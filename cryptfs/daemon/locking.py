@@ -48,6 +48,8 @@ _KNOCK_S = 1.0
 _ATTACH_S, _SHORTLY_S = 2.0, 0.05
 """How long an attempt to attach again is waited for by those who find the gate closed, from its beginning; and how long
 if it takes longer than that, as it does where the agent hangs."""
+_WORD_S = 1.0
+"""The same for the word of an agent that says, when it is asked, that the volume is unlocked."""
 
 
 class State(enum.Enum):
@@ -164,7 +166,10 @@ class Locking:
 
     async def _knock(self) -> None:
         """Somebody finds the gate closed: is there an agent again, with the KEK?"""
-        if self.state is not State.LOCKED or self._link.connected:
+        if self.state is not State.LOCKED:
+            return
+        if self._link.connected:
+            await self._await_word()
             return
         now = trio.current_time()
         if self._attaching is None:
@@ -172,6 +177,18 @@ class Locking:
             self._nursery.start_soon(self._attach_again, self._attaching)
         with trio.move_on_at(max(self._attaching_since + _ATTACH_S, now + _SHORTLY_S)):
             await self._attaching.wait()
+
+    async def _await_word(self) -> None:
+        """`unlock` returned before this request came, perhaps, and its word is not seen yet: it comes before an answer.
+
+        Everything here is bounded, and an agent that hangs costs each request no more than that.
+        """
+        unlocked = False
+        with trio.move_on_after(_SHORTLY_S), suppress(CryptfsError):
+            unlocked = await self._link.is_unlocked(self._volume.ctx.config.volume_id)
+        if unlocked:
+            with trio.move_on_after(_WORD_S):
+                await self._gate.opened()
 
     async def _attach_again(self, over: trio.Event) -> None:
         """One attempt at a time, however many knock: it goes on when they are refused, and a hung agent may wake up."""

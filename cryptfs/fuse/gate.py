@@ -68,6 +68,11 @@ class Gate:
         self._changed.set()
         self._changed = trio.Event()
 
+    async def opened(self) -> None:
+        """Until it is open."""
+        while self.closed:
+            await self._changed.wait()
+
     async def keys_back(self) -> None:
         """Keys could not be had, and a program's data is at stake: wait until trying again makes sense.
 

@@ -57,22 +57,22 @@ async def test_it_is_due_when_many_are_gone_and_no_fewer_than_are_left(tree: Tre
 
 
 async def test_once_more_when_what_was_cached_meanwhile_has_expired(
-    tree: Tree, trims: list[int], autojump_clock: trio.testing.MockClock
+    tree: Tree, trims: list[int], mock_clock: trio.testing.MockClock
 ) -> None:
     inodes = tree.volume.inodes
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(GivingBack(inodes).serve)
-        meet(inodes, 3_000)
-        forget(inodes, 0, 3_000)
-        await trio.sleep(memory.INTERVAL_S + 1)
-        assert trims == [0]
-        await trio.sleep(memory.AFTERWARDS_S - 2)
-        assert trims == [0]
-        await trio.sleep(memory.INTERVAL_S + 2)
-        assert trims == [0, 0]
-        await trio.sleep(1000)
-        assert trims == [0, 0], "and no more"
-        nursery.cancel_scope.cancel()
+    giving = GivingBack(inodes)
+    meet(inodes, 3_000)
+    forget(inodes, 0, 3_000)
+    assert giving.is_due()
+    await giving.give_back()
+    mock_clock.jump(memory.AFTERWARDS_S - 1)
+    assert not giving.is_due()
+    mock_clock.jump(2)
+    assert giving.is_due()
+    await giving.give_back()
+    mock_clock.jump(1000)
+    assert not giving.is_due(), "and no more"
+    assert trims == [0, 0]
 
 
 async def test_the_table_itself_shrinks(tree: Tree, trims: list[int]) -> None:

@@ -18,7 +18,7 @@ from tests.mount.box import PASSPHRASE
 from tests.reference.trees import ROOT, Entry, describe
 
 VOLUMES = ROOT / "tests/volumes"
-MUTATIONS_EACH = 6
+MUTATIONS_EACH = 8
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from cryptfs.daemon.locking import Locking, State
 from cryptfs.daemon.policies import Policies
-from cryptfs.errors import AgentUnavailable
+from cryptfs.errors import AgentUnavailable, VolumeLocked
 from cryptfs.fs.volume import Volume
 from cryptfs.fuse.forgetting import Forgetting
 from cryptfs.fuse.gate import Gate
@@ -39,6 +39,26 @@ class AbsentAgent:
         return
 
 
+class PresentAgent(AbsentAgent):
+    """One that is reached, and what it says when it is asked."""
+
+    connected = True
+
+    def __init__(self) -> None:
+        self.unlocked = False
+        self.hangs = False
+        self.asked = 0
+
+    async def is_unlocked(self, volume_id: bytes) -> bool:
+        self.asked += 1
+        if self.hangs:
+            await trio.sleep_forever()
+        return self.unlocked
+
+    async def reattach(self) -> None:
+        return
+
+
 class Keys:
     """The cache, as far as it is told to overwrite everything."""
 
@@ -47,12 +67,16 @@ class Keys:
     def close(self) -> None:
         self.closed = True
 
+    def reopen(self) -> None:
+        self.closed = False
+
 
 class SlowVolume:
     """Volume and its context in one: writing what is there takes for ever, and whether it was given up is seen."""
 
     def __init__(self) -> None:
-        self.ctx = self
+        self.ctx = self.config = self
+        self.volume_id = b"v" * 16
         self.writing = 0
 
     async def flush(self) -> None:
@@ -99,12 +123,12 @@ class Served:
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[Served]:
+async def served(agent: AbsentAgent | None = None) -> AsyncIterator[Served]:
     at = Served()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(
             at.locking.serve,
-            cast(AgentLink, AbsentAgent()),
+            cast(AgentLink, agent or AbsentAgent()),
             cast(KeyCache, at.keys),
             cast(Volume, at.volume),
             cast(Forgetting, Kernel()),
@@ -157,3 +181,32 @@ async def test_an_agent_that_comes_back_in_time_ends_it(autojump_clock: MockCloc
         at.locking.on_event("back", {})
         await at.suspend(MAX_AGE_S)
         assert (at.locking.state, at.keys.closed, at.gate.closed) == (State.OPEN, False, False)
+
+
+async def test_who_comes_right_after_unlock_waits_for_the_agents_word(autojump_clock: MockClock) -> None:
+    agent = PresentAgent()
+    async with served(agent) as at:
+        at.locking.on_event("locked", {})
+        await at.sleep_awake(LOOK_S)
+        with pytest.raises(VolumeLocked):
+            await at.gate.knock()
+        agent.unlocked = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(at.gate.knock)
+            await trio.sleep(0.5)
+            at.locking.on_event("unlocked", {})
+        assert (at.locking.state, at.gate.closed) == (State.OPEN, False)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_nobody_waits_long_for_a_word_that_does_not_come(autojump_clock: MockClock, hangs: bool) -> None:
+    agent = PresentAgent()
+    async with served(agent) as at:
+        at.locking.on_event("locked", {})
+        await at.sleep_awake(LOOK_S)
+        agent.unlocked, agent.hangs = True, hangs
+        began = trio.current_time()
+        with pytest.raises(VolumeLocked):
+            await at.gate.knock()
+        assert trio.current_time() - began <= (0.1 if hangs else 1.5)
+        assert agent.asked == 1
