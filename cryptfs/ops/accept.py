@@ -16,11 +16,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from cryptfs.errors import Damaged, StoreFailed, UsageError, VolumeBusy
+from cryptfs.errors import Damaged, StoreFailed, UsageError
 from cryptfs.format.datafile import decode_data_header
 from cryptfs.format.dirlog import Entry
 from cryptfs.format.state import State
-from cryptfs.fs.context import FsContext
 from cryptfs.fs.directory import DirNode
 from cryptfs.fs.epoch import read_state, sign_states, write_slot
 from cryptfs.fs.inodes import Inode
@@ -29,7 +28,7 @@ from cryptfs.fs.volume import Volume
 from cryptfs.names import DIR_LOG, DIR_LOG_NEW, tree_name
 from cryptfs.ops.check_dirs import Seen, join, opened_name, survey
 from cryptfs.ops.check_files import read_sidecar
-from cryptfs.ops.offline import Access, open_to_repair, shut
+from cryptfs.ops.offline import Access, locked_context, open_to_repair, shut
 from cryptfs.types import EPOCH_MAX, ID_BYTES, Kind
 
 T = TypeVar("T")
@@ -254,25 +253,16 @@ async def accept_volume(access: Access, tell: Callable[[int], Awaitable[tuple[in
 
     Raises `VolumeBusy` (mounted), `VolumeDamaged`, OSError, key errors.
     """
-    store = access.make_store()
-    ctx = FsContext(access.config, store, access.keys, access.clock, access.random)
-    try:
-        try:
-            store.lock()
-        except BlockingIOError:
-            raise VolumeBusy("the volume is mounted or being changed by another process") from None
+    with locked_context(access) as ctx:
         # What is recorded must be durable: see `fs.freshness`.
         await ctx.sync_everything()
-        state = await read_state(store, access.keys, access.config.volume_id)
+        state = await read_state(ctx.store, access.keys, access.config.volume_id)
         sequence, epoch = await tell(state.sequence)
         now = rebased(state, sequence, epoch)
         (slot,) = await sign_states(access.keys, access.config.volume_id, now)
-        await ctx.in_thread(write_slot, store, now, slot)
+        await ctx.in_thread(write_slot, ctx.store, now, slot)
         await access.keys.record({}, (), now.sequence)
         return now
-    finally:
-        ctx.close()
-        access.close_store(store)
 
 
 def rebased(state: State, sequence: int, epoch: int) -> State:

@@ -16,7 +16,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cryptfs.errors import Damaged, VolumeBusy, VolumeDamaged
+from cryptfs.errors import Damaged, VolumeDamaged
 from cryptfs.format.log import KIND_DIR, Head, LogHeader
 from cryptfs.format.state import SLOT_BYTES, State
 from cryptfs.fs.context import FsContext, log, open_ours, sidecar_name, write_all
@@ -25,7 +25,7 @@ from cryptfs.fs.older import SIDECAR_DIRS, sidecar_ids
 from cryptfs.fs.sealed_log import is_authentic, parse, read_log
 from cryptfs.names import DIR_LOG
 from cryptfs.ops.check_report import Finding, Severity, What
-from cryptfs.ops.offline import Access
+from cryptfs.ops.offline import Access, locked_context
 from cryptfs.ports import KeyRun, Store
 from cryptfs.types import EPOCH_MAX, Purpose, epoch_of
 
@@ -54,15 +54,9 @@ async def mend_state(access: Access) -> Finding | None:
     Raises `VolumeBusy` if the volume is mounted, `VolumeDamaged` if there is no log to learn from either, OSError, key
     errors.
     """
-    store = access.make_store()
-    ctx = FsContext(access.config, store, access.keys, access.clock, access.random)
-    try:
+    with locked_context(access) as ctx:
         try:
-            store.lock()
-        except BlockingIOError:
-            raise VolumeBusy("the volume is mounted or being changed by another process") from None
-        try:
-            await read_state(store, access.keys, access.config.volume_id)
+            await read_state(ctx.store, access.keys, access.config.volume_id)
         except VolumeDamaged as error:
             damage = str(error)
         else:
@@ -73,11 +67,8 @@ async def mend_state(access: Access) -> Finding | None:
         epoch = min(newest + 1, EPOCH_MAX)
         state = State(epoch << _SEQUENCES_SHIFT, epoch, clean=True, unclean=((newest, epoch),))
         (slot,) = await sign_states(access.keys, access.config.volume_id, state)
-        await ctx.in_thread(_replace, store, state, slot)
+        await ctx.in_thread(_replace, ctx.store, state, slot)
         log.warning("%s: made anew; the last mount that wrote anything was number %d", damage, newest)
-    finally:
-        ctx.close()
-        access.close_store(store)
     made = f"made anew; what a crash may leave is excused in mount {newest}, the last that wrote anything"
     return Finding(Severity.DAMAGE, What.STATE, STATE, "state", damage, action=made)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cryptfs.errors import VolumeBusy
@@ -94,6 +95,22 @@ async def shut(access: Access, looking: Looking) -> bool:
         return await looking.volume.close()
     finally:
         access.close_store(looking.store)
+
+
+@contextmanager
+def locked_context(access: Access) -> Iterator[FsContext]:
+    """A volume under its lock, of which nothing is opened: no epoch begins. Raises `VolumeBusy`, OSError."""
+    store = access.make_store()
+    ctx = FsContext(access.config, store, access.keys, access.clock, access.random)
+    try:
+        try:
+            store.lock()
+        except BlockingIOError:
+            raise VolumeBusy("the volume is mounted or being changed by another process") from None
+        yield ctx
+    finally:
+        ctx.close()
+        access.close_store(store)
 
 
 async def _was_left_clean(access: Access, store: Store) -> bool:
